@@ -1,0 +1,7 @@
+"""``python -m dfed``."""
+
+import sys
+
+from dfed.cli import main
+
+sys.exit(main())

@@ -1,0 +1,171 @@
+"""Checkpoints: the server's state on disk. safetensors and JSON, written atomically, checked when read.
+
+A checkpoint is a folder ``round_000042`` with ``state.json`` and ``state.safetensors``. It is written under a temporary
+name, flushed to disk, and renamed; the JSON holds the SHA-256 of the tensors, so that one cut short is recognised and the
+one before it is taken.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import Field
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from dfed.errors import CheckpointError
+from dfed.settings import Settings
+from dfed.state import ServerState
+
+__all__ = ["CheckpointSettings", "latest", "params_sha256", "save"]
+
+logger = logging.getLogger(__name__)
+
+_FORMAT = 1
+_NAME = re.compile(r"round_(\d{6,})")
+
+
+class CheckpointSettings(Settings):
+    """When the server's state is written to the run folder.
+
+    Attributes:
+        every: Rounds between checkpoints; one is also written at the end and on SIGTERM.
+        keep: How many of the newest are kept.
+    """
+
+    every: Annotated[int, Field(ge=1)] = 10
+    keep: Annotated[int, Field(ge=1)] = 2
+
+
+def params_sha256(params: Mapping[str, Tensor]) -> str:
+    """SHA-256 over every tensor's name, shape and bytes, in the order of the names."""
+    digest = hashlib.sha256()
+    for name in sorted(params):
+        value = params[name].detach().cpu().contiguous()
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
+        digest.update(value.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def save(folder: Path, state: ServerState, fingerprint: str, keep: int) -> Path:
+    """Write ``state`` into ``folder`` (made if need be), then remove all but the newest ``keep`` checkpoints.
+
+    Args:
+        fingerprint: Identifies the configuration; a checkpoint is only read back under the same one.
+
+    Raises:
+        CheckpointError: If the disk refuses it; what was written before is left as it is.
+    """
+    name = f"round_{state.round_index:06d}"
+    partial = folder / f".{name}.partial"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir()
+        tensors = {f"params/{key}": value.contiguous() for key, value in state.params.items()}
+        for key, slots in state.slots.items():
+            tensors |= {f"slots/{slot}/{key}": value.contiguous() for slot, value in slots.items()}
+        save_file(tensors, partial / "state.safetensors")
+        header = {
+            "format": _FORMAT,
+            "fingerprint": fingerprint,
+            "round_index": state.round_index,
+            "facts": state.facts,
+            "totals": state.totals,
+            "tensors_sha256": _file_sha256(partial / "state.safetensors"),
+        }
+        (partial / "state.json").write_text(json.dumps(header, indent=1), encoding="utf-8")
+        for path in (partial / "state.safetensors", partial / "state.json", partial):
+            _flush(path)
+        target = folder / name
+        if target.exists():
+            shutil.rmtree(target)
+        partial.rename(target)
+        _flush(folder)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise CheckpointError(f"cannot write a checkpoint to {folder}: {error}") from error
+    for old in _numbered(folder)[keep:]:
+        shutil.rmtree(old)
+    return folder / name
+
+
+def latest(folder: Path, fingerprint: str) -> ServerState | None:
+    """The newest checkpoint in ``folder`` that is whole; None if there is none at all.
+
+    Raises:
+        CheckpointError: If there are checkpoints and none is whole, or the newest whole one is of another configuration.
+    """
+    found = _numbered(folder)
+    problems = []
+    for path in found:
+        try:
+            return _read(path, fingerprint)
+        except _Damaged as error:
+            problems.append(f"{path.name}: {error}")
+            logger.warning("checkpoint %s is damaged (%s); trying the one before", path, error)
+    if problems:
+        raise CheckpointError(f"no checkpoint in {folder} can be read: {'; '.join(problems)}")
+    return None
+
+
+class _Damaged(Exception):
+    """A checkpoint that is not whole."""
+
+
+def _read(path: Path, fingerprint: str) -> ServerState:
+    try:
+        header: dict[str, Any] = json.loads((path / "state.json").read_text(encoding="utf-8"))
+        if _file_sha256(path / "state.safetensors") != header["tensors_sha256"]:
+            raise _Damaged("the tensors' checksum differs")
+        tensors = load_file(path / "state.safetensors")
+        if header["format"] != _FORMAT:
+            raise CheckpointError(f"{path} must have format {_FORMAT}, but has {header['format']}.")
+        saved, round_index, facts, totals = (header[key] for key in ("fingerprint", "round_index", "facts", "totals"))
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        raise _Damaged(f"{type(error).__name__}: {error}") from error
+    if saved != fingerprint:
+        raise CheckpointError(f"{path} was written by another configuration: resume with the config of its run folder.")
+    params: dict[str, Tensor] = {}
+    slots: dict[str, dict[str, Tensor]] = {}
+    for key, value in tensors.items():
+        kind, _, rest = key.partition("/")
+        if kind == "params":
+            params[rest] = value
+        else:
+            slot, _, name = rest.partition("/")
+            slots.setdefault(name, {})[slot] = value
+    return ServerState(round_index=round_index, params=params, slots=slots, facts=facts, totals=totals)
+
+
+def _numbered(folder: Path) -> list[Path]:
+    """Checkpoint folders, newest first."""
+    if not folder.is_dir():
+        return []
+    found = [(int(match.group(1)), path) for path in folder.iterdir() if (match := _NAME.fullmatch(path.name))]
+    return [path for _, path in sorted(found, reverse=True)]
+
+
+def _file_sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        digest = hashlib.sha256()
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+        return digest.hexdigest()
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,23 @@
+"""The client's side: local training under a cap, and evaluation."""
+
+from dfed.client.evaluation import Evaluation, Evaluator, combine
+from dfed.client.forms import Form, Forms
+from dfed.client.settings import ClientSettings, ScheduleSettings, make_optimizer
+from dfed.client.training import LocalResult, Skeleton, run_plan
+from dfed.client.worker import ClientReport, Worker
+
+__all__ = [
+    "ClientReport",
+    "ClientSettings",
+    "Evaluation",
+    "Evaluator",
+    "Form",
+    "Forms",
+    "LocalResult",
+    "ScheduleSettings",
+    "Skeleton",
+    "Worker",
+    "combine",
+    "make_optimizer",
+    "run_plan",
+]

@@ -1,0 +1,131 @@
+"""The wire form of a plan: which tensors cross, in which part and codec, and what they weigh in bytes.
+
+Bytes are those of the messages as they are encoded: the prefix and JSON header with the padding that aligns tensors
+(``header``), and the encoded entries (``values``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from dfed.blocks import Splitting
+from dfed.comm import wire
+from dfed.comm.wire import Entry, Message
+from dfed.errors import WireError
+from dfed.plan import Plan
+from dfed.region import Region
+from dfed.strategies import Strategy
+
+__all__ = ["PREFIX_BYTES", "Form", "Forms"]
+
+PREFIX_BYTES = 24
+"""Magic number, header length and body length, int64 each, before every message."""
+
+_DEFAULT_CODEC = "fp32"
+
+
+@dataclass(frozen=True)
+class Form:
+    """The messages of all plans of one shape.
+
+    Attributes:
+        regions: The part of each global tensor that the client holds, by name.
+        down, up: Places of the tensors in the body of a payload and of an update.
+        down_body_bytes, up_body_bytes: Lengths of those bodies.
+    """
+
+    regions: Mapping[str, Region]
+    down: tuple[Entry, ...]
+    up: tuple[Entry, ...]
+    down_body_bytes: int
+    up_body_bytes: int
+    _lengths: dict[tuple[str, int, int], int] = field(default_factory=dict)
+
+    def down_bytes(self, round_index: int, client: int) -> dict[str, int]:
+        """Bytes of this client's payload, by part."""
+        return self._bytes("payload", self.down, self.down_body_bytes, round_index, client)
+
+    def up_bytes(self, round_index: int, client: int) -> dict[str, int]:
+        """Bytes of this client's update, by part."""
+        return self._bytes("update", self.up, self.up_body_bytes, round_index, client)
+
+    def encode_update(self, round_index: int, client: int, tensors: Mapping[str, Tensor]) -> Message:
+        """The update of one client as a message with a body of its own."""
+        body = torch.zeros(self.up_body_bytes, dtype=torch.uint8)
+        return wire.encode("update", _meta(round_index, client), self.up, tensors, body)
+
+    def check_update(self, message: Message, round_index: int, client: int, rank: int) -> None:
+        """Refuse a message that is not the update of this client in this round.
+
+        Raises:
+            WireError: Naming round, client and rank.
+        """
+        if message.kind != "update" or dict(message.meta) != _meta(round_index, client) or message.entries != self.up:
+            raise WireError(f"rank {rank} must send the update of client {client} in round {round_index}, but sent "
+                            f"'{message.kind}' {dict(message.meta)} with {len(message.entries)} tensors.")
+
+    def through_codecs(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What the server would decode from the update, without the message; the tensors themselves where exact."""
+        return {
+            entry.name: tensors[entry.name] if entry.codec == _DEFAULT_CODEC else _round_trip(entry, tensors[entry.name])
+            for entry in self.up
+        }
+
+    def _bytes(self, kind: str, entries: tuple[Entry, ...], body_bytes: int, round_index: int, client: int) -> dict[str, int]:
+        values = sum(entry.num_bytes for entry in entries)
+        key = (kind, len(str(round_index)), len(str(client)))
+        if key not in self._lengths:
+            message = Message(kind, _meta(round_index, client), entries, torch.empty(body_bytes, dtype=torch.uint8,
+                                                                                     device="meta"))
+            self._lengths[key] = wire.encode_header(message.header()).numel()
+        return {"header": PREFIX_BYTES + self._lengths[key] + body_bytes - values, "values": values}
+
+
+def _meta(round_index: int, client: int) -> dict[str, int]:
+    return {"round": round_index, "client": client}
+
+
+def _round_trip(entry: Entry, value: Tensor) -> Tensor:
+    codec, data = wire.codec_of(entry.codec), torch.empty(entry.num_bytes, dtype=torch.uint8)
+    codec.encode_into(value, data)
+    return codec.decode(data, entry.shape)
+
+
+class Forms:
+    """The form of each plan, made once per shape of plan.
+
+    Args:
+        shapes: Of the global tensors, by name.
+    """
+
+    def __init__(self, strategy: Strategy, splitting: Splitting, shapes: Mapping[str, tuple[int, ...]]):
+        self._strategy, self._splitting, self._shapes = strategy, splitting, shapes
+        self._known: dict[str, Form] = {}
+
+    def of(self, plan: Plan) -> Form:
+        """The form of this plan's messages."""
+        key = plan.shape_key()
+        if key not in self._known:
+            self._known[key] = self._make(plan)
+        return self._known[key]
+
+    def _make(self, plan: Plan) -> Form:
+        held = {name: shape for name, shape in self._shapes.items() if self._splitting.block_of(name) in plan.hold}
+        regions = {name: self._strategy.region(name, shape, plan) for name, shape in held.items()}
+        parts = {name: regions[name].shape(shape) for name, shape in held.items()}
+        down, down_body_bytes = wire.layout(parts, self._splitting.block_of, _codec_table(plan.down))
+        sent = {}
+        for name, shape in parts.items():
+            probe = self._strategy.upload(name, torch.empty(shape, device="meta"), regions[name], plan)
+            if probe is not None:
+                sent[name] = tuple(probe.shape)
+        up, up_body_bytes = wire.layout(sent, self._splitting.block_of, _codec_table(plan.up))
+        return Form(regions, down, up, down_body_bytes, up_body_bytes)
+
+
+def _codec_table(table: Mapping[str, str]) -> Callable[[str], str]:
+    return lambda block: table.get(block, _DEFAULT_CODEC)

@@ -1,0 +1,102 @@
+"""Settings of local training, and what they stand for: optimisers, learning-rate schedules, phases."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import Field, model_validator
+from torch import nn
+
+from dfed.plan import Phase
+from dfed.settings import Settings
+
+__all__ = ["ClientSettings", "ScheduleSettings", "make_optimizer"]
+
+_OPTIONS = {
+    "sgd": ("momentum", "nesterov"),
+    "adam": ("betas", "epsilon"),
+    "adamw": ("betas", "epsilon"),
+}
+
+
+class ScheduleSettings(Settings):
+    """How the learning rate changes over the rounds; a factor on ``client.learning_rate``.
+
+    Attributes:
+        name: ``constant``; ``step``: times ``factor`` at each of ``milestones`` (rounds); ``exponential``: ``factor`` to
+            the power of the round; ``cosine``: from 1 to ``final`` over all rounds.
+    """
+
+    name: Literal["constant", "step", "exponential", "cosine"] = "constant"
+    milestones: list[Annotated[int, Field(ge=0)]] = []
+    factor: Annotated[float, Field(gt=0)] = 0.1
+    final: Annotated[float, Field(ge=0, le=1)] = 0.0
+
+    def at(self, round_index: int, rounds: int) -> float:
+        """The factor in round ``round_index`` (from 0) of ``rounds``."""
+        if self.name == "step":
+            return self.factor ** sum(round_index >= milestone for milestone in self.milestones)
+        if self.name == "exponential":
+            return self.factor**round_index
+        if self.name == "cosine":
+            return self.final + (1 - self.final) * (1 + math.cos(math.pi * round_index / rounds)) / 2
+        return 1.0
+
+
+class ClientSettings(Settings):
+    """Local training of every client.
+
+    Attributes:
+        optimizer: ``sgd``, ``adam`` or ``adamw``; made anew for each client and round.
+        epochs, steps: Passes over the client's data, or optimiser steps; exactly one (default: 1 epoch).
+        drop_last: Whether a last mini-batch that is not full is left out.
+        clip_norm: Gradients are scaled down to this Euclidean norm; null: never.
+        augment: ``none``, ``flip``, ``crop`` or ``crop_flip``.
+    """
+
+    optimizer: Literal["sgd", "adam", "adamw"] = "sgd"
+    learning_rate: Annotated[float, Field(gt=0)] = 0.1
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    nesterov: bool = False
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    betas: Annotated[list[Annotated[float, Field(ge=0, lt=1)]], Field(min_length=2, max_length=2)] = [0.9, 0.999]
+    epsilon: Annotated[float, Field(gt=0)] = 1e-8
+    batch_size: Annotated[int, Field(ge=1)] = 32
+    epochs: Annotated[int, Field(ge=1)] | None = None
+    steps: Annotated[int, Field(ge=1)] | None = None
+    drop_last: bool = False
+    clip_norm: Annotated[float, Field(gt=0)] | None = None
+    schedule: ScheduleSettings = ScheduleSettings()
+    augment: Literal["none", "flip", "crop", "crop_flip"] = "none"
+
+    @model_validator(mode="after")
+    def _consistent(self) -> ClientSettings:
+        if self.epochs is not None and self.steps is not None:
+            raise ValueError("must give either `epochs` or `steps`, but gives both.")
+        if self.nesterov and self.momentum == 0:
+            raise ValueError("with `nesterov` must have a `momentum` above 0, but has 0.")
+        for name in sorted({"momentum", "nesterov", "betas", "epsilon"} & self.model_fields_set):
+            if name not in _OPTIONS[self.optimizer]:
+                raise ValueError(f"with the optimiser '{self.optimizer}' must not set `{name}`, which it has no use for.")
+        return self
+
+    @property
+    def phases(self) -> tuple[Phase, ...]:
+        """The configured local training as one phase."""
+        epochs = self.epochs if self.epochs is not None or self.steps is not None else 1
+        return (Phase(batch_size=self.batch_size, epochs=epochs, steps=self.steps),)
+
+
+def make_optimizer(settings: ClientSettings, parameters: Iterable[nn.Parameter], factor: float) -> torch.optim.Optimizer:
+    """The optimiser of one client for one round; ``factor`` multiplies the learning rate."""
+    common: dict[str, Any] = {
+        "lr": settings.learning_rate * factor, "weight_decay": settings.weight_decay, "fused": True,
+    }
+    parameters = list(parameters)
+    if settings.optimizer == "sgd":
+        return torch.optim.SGD(parameters, momentum=settings.momentum, nesterov=settings.nesterov, **common)
+    family = torch.optim.Adam if settings.optimizer == "adam" else torch.optim.AdamW
+    return family(parameters, betas=(settings.betas[0], settings.betas[1]), eps=settings.epsilon, **common)

@@ -1,0 +1,145 @@
+"""One client's local training: give the sub-model storage, run the phases, hand back what is to go up.
+
+The same function trains for real and, under fake tensors, predicts its own peak: there is no second description of the
+memory that a client needs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from dfed.client.settings import ClientSettings, make_optimizer
+from dfed.plan import Phase, Plan
+from dfed.region import Region
+from dfed.strategies import Strategy
+
+__all__ = ["Batches", "LocalResult", "Skeleton", "run_plan"]
+
+Batches = Callable[[Phase], Iterable[tuple[Tensor, Tensor]]]
+
+
+@dataclass(frozen=True)
+class LocalResult:
+    """What local training leaves behind.
+
+    Attributes:
+        update: Tensors to send up, by name, where they were trained.
+        loss_sum: Sum over all visits of the samples' loss, float32 scalar tensor.
+        num_visits: Samples that passed through the model, repetitions counted.
+        num_steps: Optimiser steps taken.
+    """
+
+    update: dict[str, Tensor]
+    loss_sum: Tensor
+    num_visits: int
+    num_steps: int
+
+
+class Skeleton:
+    """A sub-model without storage that can be given storage, trained, and emptied again, client after client.
+
+    Args:
+        model: On the meta device, as :meth:`Strategy.build` made it.
+    """
+
+    def __init__(self, model: nn.Module):
+        self.model = model
+        self._slots = [
+            (table, name, f"{prefix}.{name}" if prefix else name, tensor, name not in module._non_persistent_buffers_set)
+            for prefix, module in model.named_modules()
+            for table in (module._parameters, module._buffers)
+            for name, tensor in table.items()
+            if tensor is not None
+        ]
+        self._attributes = set(vars(model))
+
+    def load(self, values: Mapping[str, Tensor], device: torch.device) -> None:
+        """Give every parameter and buffer storage of its own on ``device``.
+
+        Floating-point tensors take a copy of ``values[name]``; counters, which never travel, start at zero. Each tensor is
+        allocated by itself, so that kernels see the same alignment whatever it was copied from.
+
+        Raises:
+            KeyError: If a floating-point tensor has no value.
+        """
+        for table, name, full_name, empty, persistent in self._slots:
+            if not (persistent and empty.is_floating_point()):
+                table[name] = torch.zeros(empty.shape, dtype=empty.dtype, device=device)
+                continue
+            value = values[full_name]
+            assert value.shape == empty.shape, f"{full_name}: {tuple(value.shape)} is not {tuple(empty.shape)}"
+            placed = torch.empty(empty.shape, dtype=empty.dtype, device=device).copy_(value)
+            is_parameter = isinstance(empty, nn.Parameter)
+            table[name] = nn.Parameter(placed, requires_grad=empty.requires_grad) if is_parameter else placed
+
+    def unload(self) -> None:
+        """Let go of all storage, and of whatever a strategy hung on the model."""
+        for table, name, _, empty, _ in self._slots:
+            table[name] = empty
+        for attribute in set(vars(self.model)) - self._attributes:
+            delattr(self.model, attribute)
+
+
+def run_plan(
+    strategy: Strategy,
+    plan: Plan,
+    skeleton: Skeleton,
+    values: Mapping[str, Tensor],
+    regions: Mapping[str, Region],
+    batches: Batches,
+    settings: ClientSettings,
+    *,
+    rate_factor: float,
+    device: torch.device,
+    generator: torch.Generator | None,
+    after_batch: Callable[[], None] = lambda: None,
+) -> LocalResult:
+    """Train one client. Everything it allocates counts against the client's budget.
+
+    Args:
+        skeleton: Of this plan's sub-model; the caller unloads it when it has taken the update.
+        values: What came down: float32, by name, each of its region's shape.
+        regions: The part of each global tensor that the client holds.
+        batches: Mini-batches of a phase: float32 ``(b, …)`` and int64 ``(b,)``, on the CPU.
+        rate_factor: The round's factor on the learning rate.
+        generator: For the layers that draw numbers, on ``device``.
+        after_batch: Called after each step; may raise to abandon the training.
+    """
+    model = skeleton.model
+    skeleton.load(values, device)
+    if generator is not None and hasattr(model, "set_generator"):
+        model.set_generator(generator)
+    model.train()
+    strategy.receive(model, {}, plan)
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = make_optimizer(settings, parameters, rate_factor)
+    loss_sum, num_visits, num_steps = torch.zeros((), device=device), 0, 0
+    for phase in plan.phases:
+        for x, y in _on(device, batches(phase)):
+            optimizer.zero_grad(set_to_none=True)
+            loss = strategy.loss(model, x, y, phase)
+            loss.backward()
+            if settings.clip_norm is not None:
+                nn.utils.clip_grad_norm_(parameters, settings.clip_norm)
+            optimizer.step()
+            loss_sum += loss.detach() * len(y)
+            num_visits += len(y)
+            num_steps += 1
+            after_batch()
+    optimizer.zero_grad(set_to_none=True)
+    update = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if name in regions:
+            sent = strategy.upload(name, tensor.detach(), regions[name], plan)
+            if sent is not None:
+                update[name] = sent
+    return LocalResult(update, loss_sum, num_visits, num_steps)
+
+
+def _on(device: torch.device, batches: Iterable[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
+    for x, y in batches:
+        yield x.to(device), y.to(device)

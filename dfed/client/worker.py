@@ -1,0 +1,248 @@
+"""A rank's side of a round: play the clients assigned to this rank, one after another, each under its cap."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import time
+import traceback
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dfed import rng
+from dfed.client.forms import Form, Forms
+from dfed.client.settings import ClientSettings, make_optimizer
+from dfed.client.training import Skeleton, run_plan
+from dfed.comm import wire
+from dfed.comm.partial_sums import PartialSums, check_values
+from dfed.comm.wire import Message
+from dfed.data import AUGMENTATIONS, Dataset, Partition, client_batches
+from dfed.errors import RankLost, UpdateRejected
+from dfed.memory import is_out_of_memory
+from dfed.models import Chain
+from dfed.plan import Phase, Plan
+from dfed.settings import format_bytes
+from dfed.strategies import Strategy
+
+__all__ = ["ClientReport", "Worker"]
+
+logger = logging.getLogger(__name__)
+
+_TRACEBACK_CHARACTERS = 4000
+_ERROR_CHARACTERS = 120
+
+
+@dataclass(kw_only=True)
+class ClientReport:
+    """What a rank tells the server of one client's round; JSON values only.
+
+    Attributes:
+        status: ``completed``, ``oom`` or ``failed``.
+        reason: Why it did not complete: ``oom``, ``exception``, ``non_finite``, ``out_of_range``, ``dropout``.
+        detail: The error's text, for the log.
+        loss: Mean training loss over all visits.
+        num_visits, num_steps: Samples seen, repetitions counted, and optimiser steps.
+        peak_bytes: Measured peak of the memory that training added; None where it was not measured.
+        bytes_down, bytes_up: By part of the message (header, values).
+        time_s: Wall time on this rank.
+    """
+
+    client: int
+    status: str = "completed"
+    reason: str | None = None
+    detail: str | None = None
+    loss: float | None = None
+    num_visits: int = 0
+    num_steps: int = 0
+    peak_bytes: int | None = None
+    bytes_down: dict[str, int]
+    bytes_up: dict[str, int]
+    time_s: float = 0.0
+
+
+@dataclass(frozen=True)
+class _Down:
+    """What one round's broadcast says, decoded once for all clients of the rank."""
+
+    round_index: int
+    values: Mapping[str, Tensor]
+    scale: float
+    ranges: Mapping[str, float]
+    rate_factor: float
+    per_client: bool
+
+
+class Worker:
+    """Plays clients. Holds no state from one round to the next, save what saves time.
+
+    Args:
+        shapes: Of the global tensors, by name.
+        cap: Holds clients to their budgets.
+        forms: The wire form of each plan's messages.
+        abandoned: Asked after every step; true ends the work with :class:`RankLost`.
+    """
+
+    def __init__(
+        self,
+        strategy: Strategy,
+        dataset: Dataset,
+        partition: Partition,
+        settings: ClientSettings,
+        *,
+        shapes: Mapping[str, tuple[int, ...]],
+        cap: Any,
+        forms: Forms,
+        device: torch.device,
+        seed: int,
+        abandoned: Callable[[], bool],
+    ):
+        self._strategy, self._dataset, self._partition, self._settings = strategy, dataset, partition, settings
+        self._shapes, self._cap, self._forms, self._device = shapes, cap, forms, device
+        self._seed, self._abandoned = seed, abandoned
+        self._augment = AUGMENTATIONS[settings.augment]
+        self._skeletons: dict[str, Skeleton] = {}
+        self._measured: set[str] = set()
+        self._warned: set[tuple[str, int | None]] = set()
+        self._sums: PartialSums | None = None
+
+    def warm_up(self, chain: Chain) -> None:
+        """Take one small step without a cap, so that libraries are loaded before a client's memory is counted."""
+        skeleton = Skeleton(chain.skeleton())
+        empty = {name: torch.zeros(shape) for name, shape in self._shapes.items()}
+        skeleton.load(empty, self._device)
+        generator = _device_generator(self._device, self._seed, "warm-up")
+        skeleton.model.set_generator(generator)
+        optimizer = make_optimizer(self._settings, skeleton.model.parameters(), 1.0)
+        x = torch.zeros(2, *chain.input_shape, device=self._device)
+        F.cross_entropy(skeleton.model(x), torch.zeros(2, dtype=torch.int64, device=self._device)).backward()
+        optimizer.step()
+
+    def sums(self, names: Iterable[str]) -> PartialSums:
+        """Zeroed partial sums of these tensors; the buffer is kept from round to round."""
+        shapes = {name: self._shapes[name] for name in names}
+        if self._sums is None or self._sums.shapes != shapes:
+            self._sums = PartialSums(shapes)
+        else:
+            self._sums.clear()
+        return self._sums
+
+    def work(
+        self, message: Message, tasks: Iterable[Mapping[str, Any]], sums: PartialSums
+    ) -> tuple[list[dict[str, Any]], list[Message]]:
+        """Play the clients of ``tasks`` for the round that ``message`` describes.
+
+        Args:
+            message: The round's broadcast.
+            tasks: ``{"plan": …, "weight": …, "budget_bytes": …}`` for each client.
+            sums: Updates are folded into these, if the exchange is fused.
+
+        Returns:
+            The clients' reports as JSON values, and their encoded updates if the exchange is per client.
+        """
+        meta = message.meta
+        down = _Down(meta["round"], wire.decode(message), meta["scale"], meta["ranges"], meta["rate_factor"],
+                     meta["exchange"] == "per_client")
+        reports, updates = [], []
+        for task in tasks:
+            report, update = self._play(task, down, sums)
+            reports.append(asdict(report))
+            updates += [update] if update is not None else []
+        return reports, updates
+
+    def _play(self, task: Mapping[str, Any], down: _Down, sums: PartialSums) -> tuple[ClientReport, Message | None]:
+        plan = Plan.from_json(task["plan"])
+        form = self._forms.of(plan)
+        report = ClientReport(client=plan.client, bytes_down=form.down_bytes(down.round_index, plan.client), bytes_up={})
+        skeleton = self._skeletons.get(plan.shape_key())
+        if skeleton is None:
+            skeleton = self._skeletons[plan.shape_key()] = Skeleton(self._strategy.build(plan))
+        start, update = time.perf_counter(), None
+        try:
+            tensors = self._train(plan, skeleton, form, task, down, report)
+            if down.per_client:
+                for name, value in tensors.items():
+                    check_values(name, value, down.ranges[name])
+                update = form.encode_update(down.round_index, plan.client, tensors)
+            else:
+                sums.add(form.through_codecs(tensors), form.regions, task["weight"] * down.scale, down.ranges)
+            report.bytes_up = form.up_bytes(down.round_index, plan.client)
+        except (RankLost, KeyboardInterrupt):
+            raise
+        except UpdateRejected as error:
+            report.status, report.reason, report.detail = "failed", error.reason, str(error)
+        except Exception as error:
+            self._note_failure(error, report, task["budget_bytes"])
+        finally:
+            skeleton.unload()
+        report.time_s = time.perf_counter() - start
+        if report.status != "completed":
+            gc.collect()
+            self._warn(down.round_index, report, (plan.shape_key(), task["budget_bytes"]))
+        return report, update
+
+    def _train(self, plan: Plan, skeleton: Skeleton, form: Form, task: Mapping[str, Any], down: _Down,
+               report: ClientReport) -> dict[str, Tensor]:
+        indices = self._partition.indices(plan.client)
+        values = {name: region.view(down.values[name]) for name, region in form.regions.items()}
+        generator = _device_generator(self._device, self._seed, "layers", down.round_index, plan.client)
+
+        def batches(phase: Phase) -> Iterable[tuple[Tensor, Tensor]]:
+            keys = ("batches", down.round_index, plan.client, plan.phases.index(phase))
+            return client_batches(
+                self._dataset, indices, batch_size=phase.batch_size, epochs=phase.epochs, steps=phase.steps,
+                generator=rng.torch_generator(self._seed, *keys), augment=self._augment,
+                drop_last=self._settings.drop_last,
+            )
+
+        # A plan's peak is the same for every client, so clients without a budget need one measurement a plan.
+        measure_peak = task["budget_bytes"] is not None or plan.shape_key() not in self._measured
+        meter = None
+        try:
+            with self._cap.guard(task["budget_bytes"], measure_peak=measure_peak) as meter:
+                result = run_plan(
+                    self._strategy, plan, skeleton, values, form.regions, batches, self._settings,
+                    rate_factor=down.rate_factor, device=self._device, generator=generator, after_batch=self._after_batch,
+                )
+                report.loss = float(result.loss_sum) / max(1, result.num_visits)
+        finally:
+            report.peak_bytes = meter.peak_bytes if meter is not None else None
+        self._measured.add(plan.shape_key())
+        report.num_visits, report.num_steps = result.num_visits, result.num_steps
+        return {name: value.cpu() for name, value in result.update.items()}
+
+    def _after_batch(self) -> None:
+        if self._abandoned():
+            raise RankLost("another rank of this job is gone; the round is abandoned.")
+
+    def _warn(self, round_index: int, report: ClientReport, case: tuple[str, int | None]) -> None:
+        """Log a failure; running out of memory once for each plan and budget, since it will happen every round."""
+        if report.status == "oom":
+            if case in self._warned:
+                return
+            self._warned.add(case)
+        logger.warning("round %d client %d %s: %s", round_index, report.client, report.reason, report.detail)
+
+    def _note_failure(self, error: Exception, report: ClientReport, budget_bytes: int | None) -> None:
+        """Put an exception of a client's training on its report, and let go of the tensors that its frames hold."""
+        if is_out_of_memory(error):
+            report.status, report.reason = "oom", "oom"
+            said = str(error).partition("\n")[0][-_ERROR_CHARACTERS:]
+            report.detail = f"out of memory on a budget of {format_bytes(budget_bytes)}: {said}"
+        else:
+            report.status, report.reason = "failed", "exception"
+            report.detail = "".join(traceback.format_exception(error))[-_TRACEBACK_CHARACTERS:]
+        report.loss = None
+        traceback.clear_frames(error.__traceback__)
+
+
+def _device_generator(device: torch.device, seed: int, purpose: str, *keys: int) -> torch.Generator:
+    if device.type == "cpu":
+        return rng.torch_generator(seed, purpose, *keys)
+    generator = torch.Generator(device=device)
+    generator.manual_seed(rng.key(seed, purpose, *keys) & 0xFFFFFFFF)
+    return generator

@@ -1,0 +1,184 @@
+"""A round's cohort: who takes part, with which plan, on which rank; and what is written down about it afterwards."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+from dfed.client import ClientReport, Forms, Worker
+from dfed.comm import Message, Transport, wire
+from dfed.comm.partial_sums import value_range, weight_scale
+from dfed.data import Partition
+from dfed.fleet import Cost, Fleet, client_cost, round_time
+from dfed.plan import Plan
+from dfed.planner import Costs
+from dfed.server import ServerOptimizer
+from dfed.state import ServerState
+from dfed.strategies import Candidate, Strategy
+
+__all__ = ["Cohort", "Job", "Sampler", "choose_cohort", "client_rows", "encode_order", "round_row"]
+
+
+class Sampler(Protocol):
+    """Draws cohorts; see :mod:`dfed.server.samplers`."""
+
+    def cohort(
+        self, *, size: int, num_clients: int, seed: int, round_index: int, admit: Callable[[int], bool],
+        sizes: Callable[[], np.ndarray],
+    ) -> list[int]:
+        """Up to ``size`` distinct clients that ``admit`` accepts."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What every rank knows of a run: the same objects, made from the same config, on every rank."""
+
+    seed: int
+    rounds: int
+    cohort: int
+    exchange: str
+    max_failed_fraction: float
+    strategy: Strategy
+    shapes: Mapping[str, tuple[int, ...]]
+    buffers: frozenset[str]
+    fleet: Fleet
+    partition: Partition
+    sampler: Sampler
+    optimizer: ServerOptimizer
+    costs: Costs
+    forms: Forms
+    rate_factor: Callable[[int], float]
+    transport: Transport
+    worker: Worker | None
+    stop_requested: Callable[[], bool]
+
+
+@dataclass(frozen=True)
+class Cohort:
+    """The clients of a round with their plans and ranks, and how many were asked in vain."""
+
+    plans: Mapping[int, Plan]
+    ranks: Mapping[int, int]
+    dropped: frozenset[int]
+    ineligible: int
+    unavailable: int
+
+
+def choose_cohort(job: Job, state: ServerState) -> Cohort:
+    """Draw the cohort among the clients that are available and have a plan, and give each a rank (keyed; server only)."""
+    round_index, plans, asked = state.round_index, {}, {"ineligible": 0, "unavailable": 0}
+
+    def admit(client: int) -> bool:
+        if not job.fleet.available(client, round_index):
+            asked["unavailable"] += 1
+            return False
+        num_samples = job.partition.num_samples(client)
+        candidate = Candidate(client, round_index, num_samples, job.fleet.profile(client))
+        plan = job.strategy.plan(state, candidate) if num_samples else None
+        if plan is None:
+            asked["ineligible"] += 1
+            return False
+        plans[client] = plan
+        return True
+
+    chosen = job.sampler.cohort(
+        size=job.cohort, num_clients=job.fleet.num_clients, seed=job.seed, round_index=round_index, admit=admit,
+        sizes=job.partition.sizes,
+    )
+    dropped = frozenset(client for client in chosen if job.fleet.drops_out(client, round_index))
+    costs = {c: job.costs.flops(plans[c], job.partition.num_samples(c)) for c in chosen if c not in dropped}
+    return Cohort({c: plans[c] for c in chosen}, _assign(costs, job.transport.client_ranks), dropped, **asked)
+
+
+def _assign(costs: Mapping[int, float], ranks: Sequence[int]) -> dict[int, int]:
+    """Clients to ranks: the costliest first, each to the rank with the least work so far."""
+    load = dict.fromkeys(ranks, 0.0)
+    assigned = {}
+    for client in sorted(costs, key=lambda client: (-costs[client], client)):
+        rank = min(ranks, key=lambda rank: (load[rank], rank))
+        load[rank] += costs[client]
+        assigned[client] = rank
+    return assigned
+
+
+def encode_order(job: Job, state: ServerState, cohort: Cohort) -> Message:
+    """The round's broadcast: every rank's tasks, and each block that someone in the cohort needs, encoded once."""
+    chosen = {client: plan for client, plan in cohort.plans.items() if client not in cohort.dropped}
+    weights = {client: job.partition.num_samples(client) for client in chosen}
+    tasks: dict[str, list[dict[str, Any]]] = {str(rank): [] for rank in job.transport.client_ranks}
+    for client, plan in chosen.items():
+        budget = job.fleet.profile(client).budget_bytes
+        tasks[str(cohort.ranks[client])].append(
+            {"plan": plan.to_json(), "weight": weights[client], "budget_bytes": budget}
+        )
+    held = {entry.name for plan in chosen.values() for entry in job.forms.of(plan).down}
+    sent_up = {entry.name for plan in chosen.values() for entry in job.forms.of(plan).up}
+    shapes = {name: shape for name, shape in job.shapes.items() if name in held}
+    entries, body_bytes = wire.layout(shapes, job.strategy.problem.splitting.block_of, lambda block: "fp32")
+    meta = {
+        "round": state.round_index,
+        "tasks": tasks,
+        "exchange": job.exchange,
+        "scale": weight_scale(sum(weights.values())),
+        "ranges": {name: value_range(state.params[name]) for name in sent_up},
+        "rate_factor": job.rate_factor(state.round_index),
+        "up_names": [name for name in job.shapes if name in sent_up],
+    }
+    return wire.encode("round", meta, entries, state.params, torch.zeros(body_bytes, dtype=torch.uint8))
+
+
+def client_rows(job: Job, cohort: Cohort, reports: Sequence[Mapping[str, Any]], round_index: int) -> list[dict[str, Any]]:
+    """The clients' lines of metrics: those that reported, by number, then those that dropped out."""
+    rows = [_client_row(job, cohort, report) for report in [*reports, *_vanished(job, cohort, round_index)]]
+    return [{"round": round_index, **row} for row in rows]
+
+
+def _vanished(job: Job, cohort: Cohort, round_index: int) -> list[dict[str, Any]]:
+    """Reports of the clients that dropped out: the model went down to them, nothing came up."""
+    return [
+        vars(ClientReport(client=client, status="failed", reason="dropout", bytes_up={},
+                          bytes_down=job.forms.of(cohort.plans[client]).down_bytes(round_index, client)))
+        for client in sorted(cohort.dropped)
+    ]
+
+
+def _client_row(job: Job, cohort: Cohort, report: Mapping[str, Any]) -> dict[str, Any]:
+    """One client's line of metrics: its report, its device, and what the round cost it in virtual time and energy."""
+    client, plan = report["client"], cohort.plans[report["client"]]
+    profile, num_samples = job.fleet.profile(client), job.partition.num_samples(client)
+    down, up = sum(report["bytes_down"].values()), sum(report["bytes_up"].values())
+    done = report["status"] == "completed"
+    cost = client_cost(profile, flops=job.costs.flops(plan, num_samples) if done else 0.0, bytes_down=down, bytes_up=up)
+    return {
+        "client": client,
+        "tier": profile.tier,
+        "rank": cohort.ranks.get(client),
+        **{name: report[name] for name in ("status", "reason", "loss", "num_steps", "num_visits", "peak_bytes", "time_s")},
+        "num_samples": num_samples,
+        "budget_bytes": profile.budget_bytes,
+        "bytes_up": up,
+        "bytes_down": down,
+        "bytes_header": report["bytes_down"].get("header", 0) + report["bytes_up"].get("header", 0),
+        "sim_time_s": cost.total_s,
+        "energy_j": cost.energy_j,
+    }
+
+
+def round_row(cohort: Cohort, clients: Sequence[Mapping[str, Any]], round_index: int) -> dict[str, Any]:
+    """The round's line of metrics, as far as it follows from its clients' lines."""
+    completed = [row for row in clients if row["status"] == "completed"]
+    visits = sum(row["num_visits"] for row in completed)
+    counts = {status: sum(row["status"] == status for row in clients) for status in ("completed", "oom", "failed")}
+    costs = [Cost(row["sim_time_s"], 0.0, 0.0, row["energy_j"]) for row in clients]
+    return {
+        "round": round_index,
+        "train_loss": sum(row["loss"] * row["num_visits"] for row in completed) / visits if visits else None,
+        "clients": {"selected": len(clients), **counts, "ineligible": cohort.ineligible, "unavailable": cohort.unavailable},
+        "bytes": {"up": sum(row["bytes_up"] for row in clients), "down": sum(row["bytes_down"] for row in clients)},
+        "sim_time_s": round_time(costs),
+        "energy_j": sum(row["energy_j"] for row in clients),
+    }

@@ -1,0 +1,78 @@
+"""Finding out which rank died when a collective fails.
+
+A broken collective says that a connection closed, not whose. Each rank therefore registers its host and process id in the
+rendezvous store at the start. When something fails, every survivor calls in through the store; the ranks that do not, or
+whose process is gone from this host, are the dead.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import time
+from pathlib import Path
+
+import torch.distributed as dist
+
+__all__ = ["Liveness"]
+
+_CALL_IN_S = 5.0
+_POLL_S = 0.05
+
+
+class Liveness:
+    """The roll of ranks in a store. Constructing it is collective: it waits until all ranks have signed in.
+
+    Args:
+        store: The rendezvous store of the process group.
+        rank, size: Of this process, and the number of processes.
+        attempt: The launcher's restart count, so that a restarted job does not read its predecessor's roll.
+    """
+
+    def __init__(self, store: dist.Store, rank: int, size: int, attempt: str):
+        self._store, self._rank, self._size = store, rank, size
+        self._prefix = f"dfed/{attempt}"
+        store.set(f"{self._prefix}/pid/{rank}", f"{platform.node()} {os.getpid()}")
+        self._pids = [store.get(f"{self._prefix}/pid/{other}").decode().split() for other in range(size)]
+
+    def find_dead(self) -> list[int]:
+        """Ranks whose process is gone from this host, or that do not call in within 5 s, as far as can be told."""
+        try:
+            self._store.set(f"{self._prefix}/alive/{self._rank}", "1")
+            deadline = time.monotonic() + _CALL_IN_S
+            while True:
+                silent = [r for r in range(self._size) if not self._store.check([f"{self._prefix}/alive/{r}"])]
+                gone = [r for r in silent if self._is_gone(r)]
+                if gone or not silent:
+                    return gone
+                if time.monotonic() > deadline:
+                    return silent
+                time.sleep(_POLL_S)
+        except (RuntimeError, ValueError):
+            # The store itself is gone, and with it what the other hosts could say.
+            return [r for r in range(self._size) if self._is_gone(r)]
+
+    def abandoned(self) -> bool:
+        """Whether another rank has found the job broken, or a rank of this host is gone."""
+        try:
+            called = [r for r in range(self._size) if self._store.check([f"{self._prefix}/alive/{r}"])]
+        except (RuntimeError, ValueError):
+            return True
+        return bool(called) or any(self._is_gone(r) for r in range(self._size))
+
+    def leave(self) -> None:
+        """Sign out: a rank that left in good order is not counted as dead by those still leaving."""
+        try:
+            self._store.set(f"{self._prefix}/alive/{self._rank}", "1")
+        except (RuntimeError, ValueError):
+            return
+
+    def _is_gone(self, rank: int) -> bool:
+        host, pid = self._pids[rank]
+        if host != platform.node() or not Path("/proc/self/stat").exists():
+            return False
+        try:
+            state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+        except OSError:
+            return True
+        return state in ("Z", "X")

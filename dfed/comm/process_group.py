@@ -1,0 +1,115 @@
+"""Joining the process group that a launcher prepared, and choosing its backend."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import platform
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+import torch
+import torch.distributed as dist
+from pydantic import Field
+
+from dfed.comm.liveness import Liveness
+from dfed.comm.transport import Local, ProcessGroup, Transport
+from dfed.errors import ConfigError, Fault
+from dfed.settings import Settings
+
+__all__ = ["BackendSettings", "Link", "join", "launched_size", "local_rank"]
+
+
+class BackendSettings(Settings):
+    """How ranks compute and talk.
+
+    Attributes:
+        name: ``auto`` takes NCCL where every rank has a GPU of its own, else Gloo.
+        device: Where clients train; ``auto``: this node's GPUs in turn if there are any, else the CPU.
+        timeout_s: How long a collective may take before the run gives up.
+        threads: CPU threads of each rank. Results are the same for the same number of threads only.
+    """
+
+    name: Literal["auto", "gloo", "nccl"] = "auto"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    timeout_s: Annotated[float, Field(gt=0)] = 600.0
+    threads: Annotated[int, Field(ge=1)] = 1
+
+
+@dataclass(frozen=True)
+class Link:
+    """A rank's place in the run: the transport, the device to train on, and why the backend is what it is."""
+
+    transport: Transport
+    device: torch.device
+    backend: str
+    reason: str
+
+
+def _environment(name: str, default: int) -> int:
+    value = os.environ.get(name)
+    return default if value is None else int(value)
+
+
+def launched_size() -> int:
+    """Number of processes that the launcher started (1 without a launcher)."""
+    return _environment("WORLD_SIZE", 1)
+
+
+def local_rank() -> int:
+    """This process's number on its node (0 without a launcher)."""
+    return _environment("LOCAL_RANK", 0)
+
+
+def join(settings: BackendSettings) -> Link:
+    """Join the process group (collective), or stand alone where no launcher started several processes.
+
+    Raises:
+        ConfigError: If the device or backend asked for is not to be had here.
+    """
+    device = _device(settings)
+    size = launched_size()
+    if size == 1:
+        return Link(Local(), device, "local", "one process needs no process group")
+    timeout = datetime.timedelta(seconds=settings.timeout_s)
+    store, rank, size = next(dist.rendezvous("env://", timeout=timeout))
+    store.set_timeout(timeout)
+    liveness = Liveness(store, rank, size, os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+    backend, reason = _choose_backend(settings, device, _places(store, rank, size, device))
+    own_store = dist.PrefixStore("process_group", store)
+    options: dict[str, Any] = {"device_id": device} if backend == "nccl" else {}
+    dist.init_process_group(backend, store=own_store, rank=rank, world_size=size, timeout=timeout, **options)
+    where = device if backend == "nccl" else torch.device("cpu")
+    return Link(ProcessGroup(where, liveness), device, backend, reason)
+
+
+def _device(settings: BackendSettings) -> torch.device:
+    has_cuda = torch.cuda.is_available()
+    if settings.device == "cuda" and not has_cuda:
+        raise ConfigError([Fault("backend.device", "must be 'auto' or 'cpu' on a machine without a usable GPU, but is "
+                                                   "'cuda'.")])
+    if settings.device == "cpu" or not has_cuda:
+        return torch.device("cpu")
+    device = torch.device("cuda", local_rank() % torch.cuda.device_count())
+    torch.cuda.set_device(device)
+    return device
+
+
+def _places(store: dist.Store, rank: int, size: int, device: torch.device) -> list[str]:
+    """Host and device of every rank, by rank (collective)."""
+    store.set(f"dfed/place/{rank}", f"{platform.node()} {device}")
+    return [store.get(f"dfed/place/{other}").decode() for other in range(size)]
+
+
+def _choose_backend(settings: BackendSettings, device: torch.device, places: list[str]) -> tuple[str, str]:
+    own_gpu = device.type == "cuda" and len(set(places)) == len(places)
+    if settings.name == "nccl" and not own_gpu:
+        raise ConfigError([Fault("backend.name", f"must be 'auto' or 'gloo' where ranks share a device or train on the "
+                                                 f"CPU ({', '.join(sorted(set(places)))}), but is 'nccl'.")])
+    if settings.name != "auto":
+        return settings.name, "backend.name asks for it"
+    if own_gpu and dist.is_nccl_available():
+        return "nccl", "every rank has a GPU of its own"
+    if device.type == "cuda":
+        return "gloo", "ranks share a GPU, which NCCL refuses"
+    return "gloo", "ranks train on the CPU"

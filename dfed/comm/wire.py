@@ -1,0 +1,175 @@
+"""Messages: a JSON header that describes itself, and one flat body of bytes.
+
+Nothing is pickled. A body is a row of encoded tensors, each aligned to 64 bytes; the header's ``entries`` say of each its
+name, block, codec, shape, offset and length. Everything is checked against the body's real length before it is used.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dfed.comm.codecs import Codec
+from dfed.errors import WireError
+from dfed.registry import CODECS
+
+__all__ = ["ALIGNMENT", "Entry", "Message", "codec_of", "decode", "decode_header", "encode", "encode_header", "layout"]
+
+ALIGNMENT = 64
+MAX_HEADER_BYTES = 1 << 28
+_MAX_DIMENSIONS = 16
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Where one tensor stands in a body, and how it is encoded."""
+
+    name: str
+    block: str
+    codec: str
+    shape: tuple[int, ...]
+    offset: int
+    num_bytes: int
+
+    def to_json(self) -> list[Any]:
+        """The entry as a JSON list, in the order of the fields."""
+        return [self.name, self.block, self.codec, list(self.shape), self.offset, self.num_bytes]
+
+
+@dataclass(frozen=True)
+class Message:
+    """A header's free part and the tensors' places, with the body that holds them.
+
+    Attributes:
+        kind: What the message is, e.g. ``"round"``.
+        meta: JSON values.
+        entries: One per tensor.
+        body: uint8, flat.
+    """
+
+    kind: str
+    meta: Mapping[str, Any]
+    entries: tuple[Entry, ...]
+    body: Tensor
+
+    def header(self) -> dict[str, Any]:
+        """The header as JSON values."""
+        return {
+            "kind": self.kind,
+            "meta": self.meta,
+            "entries": [entry.to_json() for entry in self.entries],
+            "body_bytes": self.body.numel(),
+        }
+
+
+_codecs: dict[str, Codec] = {}
+
+
+def codec_of(name: str) -> Codec:
+    """The codec of that name (codecs hold no state, so one of each is enough).
+
+    Raises:
+        WireError: If there is none.
+    """
+    if name not in _codecs:
+        # Only names of the table: a header must not make a rank import what it likes.
+        if name not in CODECS:
+            raise WireError(f"a codec must be one of {', '.join(CODECS)}, but is {name!r:.40}.")
+        _codecs[name] = CODECS.get(name)()
+    return _codecs[name]
+
+
+def layout(
+    shapes: Mapping[str, tuple[int, ...]], block_of: Callable[[str], str], codec_of_block: Callable[[str], str]
+) -> tuple[tuple[Entry, ...], int]:
+    """Places for tensors of these shapes in one body. Returns the entries and the body's length in bytes."""
+    entries, offset = [], 0
+    for name, shape in shapes.items():
+        block = block_of(name)
+        codec = codec_of_block(block)
+        num_bytes = codec_of(codec).num_bytes(shape)
+        entries.append(Entry(name, block, codec, tuple(shape), offset, num_bytes))
+        offset += -(-num_bytes // ALIGNMENT) * ALIGNMENT
+    return tuple(entries), offset
+
+
+def encode(
+    kind: str, meta: Mapping[str, Any], entries: Iterable[Entry], tensors: Mapping[str, Tensor], body: Tensor
+) -> Message:
+    """Encode ``tensors`` into ``body`` (uint8, as long as :func:`layout` said), which the message then refers to."""
+    entries = tuple(entries)
+    for entry in entries:
+        codec_of(entry.codec).encode_into(tensors[entry.name], body[entry.offset:entry.offset + entry.num_bytes])
+    return Message(kind, meta, entries, body)
+
+
+def decode(message: Message, names: Iterable[str] | None = None) -> dict[str, Tensor]:
+    """The message's tensors (or those of ``names``) as float32; they may share memory with the body.
+
+    Raises:
+        WireError: If an entry does not fit its codec or the body, or a name is not in the message.
+    """
+    entries = {entry.name: entry for entry in message.entries}
+    wanted = list(entries if names is None else names)
+    missing = [name for name in wanted if name not in entries]
+    if missing:
+        raise WireError(f"message '{message.kind}' lacks the tensor '{missing[0]}'.")
+    return {
+        name: codec_of(entries[name].codec).decode(_part(message.body, entries[name]), entries[name].shape)
+        for name in wanted
+    }
+
+
+def _part(body: Tensor, entry: Entry) -> Tensor:
+    return body[entry.offset:entry.offset + entry.num_bytes]
+
+
+def encode_header(header: Mapping[str, Any]) -> Tensor:
+    """A header as a flat uint8 tensor of UTF-8 JSON."""
+    return torch.frombuffer(bytearray(json.dumps(header, separators=(",", ":")).encode()), dtype=torch.uint8)
+
+
+def decode_header(data: Tensor) -> dict[str, Any]:
+    """The header in ``data`` (uint8, flat), with ``entries`` as :class:`Entry` objects, all checked.
+
+    Raises:
+        WireError: If it is no JSON, a field is missing or of the wrong type, or an entry's place, size, shape or codec is
+            impossible.
+    """
+    try:
+        header = json.loads(bytes(data.numpy()).decode())
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise WireError(f"a header must be JSON, but is not: {error}.") from error
+    if not isinstance(header, dict):
+        raise WireError("a header must be a JSON object, but is none.")
+    for field, kind in (("kind", str), ("meta", dict), ("entries", list), ("body_bytes", int)):
+        if not isinstance(header.get(field), kind) or isinstance(header[field], bool):
+            raise WireError(f"header field `{field}` must be a {kind.__name__}, but is {header.get(field)!r:.80}.")
+    if header["body_bytes"] < 0:
+        raise WireError(f"header field `body_bytes` must be at least 0, but is {header['body_bytes']}.")
+    header["entries"] = tuple(_entry(value, header["body_bytes"]) for value in header["entries"])
+    if len({entry.name for entry in header["entries"]}) != len(header["entries"]):
+        raise WireError("a header must name each tensor once, but names one twice.")
+    return header
+
+
+def _entry(value: Any, body_bytes: int) -> Entry:
+    if not isinstance(value, list) or len(value) != 6 or not all(isinstance(text, str) for text in value[:3]):
+        raise WireError(f"a header's entry must have 6 fields, the first three text, but is {value!r:.80}.")
+    name, block, codec, shape, offset, num_bytes = value
+    numbers = [*(shape if isinstance(shape, list) else [None]), offset, num_bytes]
+    if not all(type(number) is int and 0 <= number < 1 << 48 for number in numbers) or len(shape) > _MAX_DIMENSIONS:
+        raise WireError(f"tensor '{name}' of block '{block}' must have a shape and a place of whole numbers, but has "
+                        f"{shape!r:.80}, {offset!r:.40}, {num_bytes!r:.40}.")
+    if offset % ALIGNMENT or offset + num_bytes > body_bytes:
+        raise WireError(f"tensor '{name}' of block '{block}' must lie inside the body ({body_bytes} bytes), aligned to "
+                        f"{ALIGNMENT}, but lies at {offset} … {offset + num_bytes}.")
+    expected = codec_of(codec).num_bytes(shape)
+    if num_bytes != expected:
+        raise WireError(f"tensor '{name}' of block '{block}' must take {expected} bytes as {codec}, but takes {num_bytes}.")
+    return Entry(name, block, codec, tuple(shape), offset, num_bytes)

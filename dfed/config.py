@@ -1,0 +1,286 @@
+"""The config of a run: YAML and ``key=value`` overrides in, validated frozen settings out.
+
+Each section's settings are declared by the part of dfed that uses them; here they are put together. All faults of a config
+are found before any is reported.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, ValidationError, create_model
+
+from dfed.checkpoint import CheckpointSettings
+from dfed.client import ClientSettings
+from dfed.comm import BackendSettings
+from dfed.data import DATASET_GIVEN, PARTITIONER_GIVEN
+from dfed.errors import ConfigError, Fault
+from dfed.faults import faults_of
+from dfed.fleet import FleetSettings
+from dfed.memory import MemorySettings
+from dfed.metrics import MetricsSettings
+from dfed.registry import (
+    DATASETS,
+    MODELS,
+    PARTITIONERS,
+    SAMPLERS,
+    SERVER_OPTIMIZERS,
+    STRATEGIES,
+    Registry,
+    UnknownName,
+    nearest,
+)
+from dfed.settings import Settings, settings_of
+from dfed.yaml_io import apply_override, read_yaml
+
+__all__ = ["Choice", "Config", "DataSettings", "ServerSettings", "load_config"]
+
+
+class DataSettings(Settings):
+    """The data, apart from the options of the data set, which stand beside these.
+
+    Attributes:
+        dataset: Name of a data set, or ``package.module:function``.
+        root: Folder of the raw files.
+        download: Whether missing files may be fetched from the network.
+        cache: Folder for decoded data.
+        validation_fraction: Share of the training samples held out for validation.
+    """
+
+    dataset: str
+    root: str | None = None
+    download: bool = False
+    cache: str | None = None
+    validation_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.0
+
+
+class ServerSettings(Settings):
+    """The server, apart from its optimiser.
+
+    Attributes:
+        max_failed_fraction: The run ends when more of a cohort than this failed by their own fault: exceptions and
+            rejected updates; not running out of memory, not dropping out.
+    """
+
+    max_failed_fraction: Annotated[float, Field(ge=0, le=1)] = 0.5
+
+
+class _Top(Settings):
+    """The settings that are no group."""
+
+    rounds: Annotated[int, Field(ge=1)]
+    cohort: Annotated[int, Field(ge=1)]
+    seed: Annotated[int, Field(ge=0)] = 0
+    exchange: Literal["fused", "per_client"] = "fused"
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Something selected by name, with its options: complete, defaults filled in."""
+
+    name: str
+    options: Mapping[str, Any]
+
+    def to_dict(self) -> dict[str, Any]:
+        """As a config writes it."""
+        return {"name": self.name, **self.options}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """A complete, valid configuration."""
+
+    seed: int
+    rounds: int
+    cohort: int
+    exchange: str
+    strategy: Choice
+    model: Choice
+    data: DataSettings
+    dataset_options: Mapping[str, Any]
+    partition: Choice
+    fleet: FleetSettings
+    client: ClientSettings
+    server: ServerSettings
+    server_optimizer: Choice
+    sampler: Choice
+    memory: MemorySettings
+    backend: BackendSettings
+    metrics: MetricsSettings
+    checkpoint: CheckpointSettings
+
+    def to_dict(self) -> dict[str, Any]:
+        """The resolved config as plain values; loading it again gives an equal config."""
+        fleet = self.fleet.model_dump(exclude_none=True)
+        return {
+            "seed": self.seed,
+            "rounds": self.rounds,
+            "cohort": self.cohort,
+            "strategy": self.strategy.to_dict(),
+            "model": self.model.to_dict(),
+            "data": {**self.data.model_dump(), **self.dataset_options, "partition": self.partition.to_dict()},
+            "fleet": fleet,
+            "client": self.client.model_dump(exclude_unset=True),
+            "server": {**self.server.model_dump(), "optimizer": self.server_optimizer.to_dict()},
+            "sampler": self.sampler.to_dict(),
+            "exchange": self.exchange,
+            "memory": self.memory.model_dump(),
+            "backend": self.backend.model_dump(),
+            "metrics": self.metrics.model_dump(),
+            "checkpoint": self.checkpoint.model_dump(),
+        }
+
+    def fingerprint(self) -> str:
+        """Hash of what decides the trained bits: a checkpoint is only continued under the same one.
+
+        Not part of it: where data lie, how ranks talk, what is measured and saved, and the number of rounds, which may be
+        extended unless the learning rate follows it.
+        """
+        value = self.to_dict()
+        for name in ("backend", "metrics", "checkpoint", "exchange"):
+            del value[name]
+        for name in ("root", "cache", "download"):
+            del value["data"][name]
+        if self.client.schedule.name != "cosine":
+            del value["rounds"]
+        return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+_GROUPS: dict[str, type[Settings]] = {
+    "fleet": FleetSettings,
+    "client": ClientSettings,
+    "memory": MemorySettings,
+    "backend": BackendSettings,
+    "metrics": MetricsSettings,
+    "checkpoint": CheckpointSettings,
+}
+_CHOICES: dict[str, tuple[Registry, tuple[str, ...], str | None]] = {
+    "strategy": (STRATEGIES, (), "fedavg"),
+    "model": (MODELS, ("input_shape", "num_classes"), None),
+    "sampler": (SAMPLERS, (), "uniform"),
+}
+_TOP_LEVEL = sorted([*_GROUPS, *_CHOICES, *_Top.model_fields, "data", "server"])
+
+
+def load_config(path: str | Path | None, overrides: Sequence[str] = (), base: Mapping[str, Any] | None = None) -> Config:
+    """The config in the YAML file ``path`` (or in ``base``), with ``key.sub=value`` overrides applied.
+
+    Raises:
+        ConfigError: With all faults there are.
+    """
+    raw = dict(base) if base is not None else read_yaml(path) if path is not None else {}
+    faults: list[Fault] = []
+    for override in overrides:
+        apply_override(raw, override, faults)
+    return _validate(raw, faults)
+
+
+def _validate(raw: Mapping[str, Any], faults: list[Fault]) -> Config:
+    for key in raw:
+        if key not in _TOP_LEVEL:
+            hint = nearest(str(key), _TOP_LEVEL)
+            faults.append(Fault(str(key), f"is not a setting; known here: {', '.join(_TOP_LEVEL)}.{hint}"))
+    parts: dict[str, Any] = {}
+    top = _check(_Top, {key: raw[key] for key in _Top.model_fields if key in raw}, "", faults)
+    for name, model in _GROUPS.items():
+        value = {"name": raw[name]} if name == "backend" and isinstance(raw.get(name), str) else raw.get(name, {})
+        parts[name] = _check(model, value, name, faults)
+    for name, (registry, given, default) in _CHOICES.items():
+        parts[name] = _choose(raw.get(name, default), name, registry, given, faults)
+    _data_parts(raw.get("data", {}), parts, faults)
+    _server_parts(raw.get("server", {}), parts, faults)
+    _cross_check(top, parts, faults)
+    if faults:
+        raise ConfigError(faults)
+    return Config(seed=top.seed, rounds=top.rounds, cohort=top.cohort, exchange=top.exchange, **parts)
+
+
+def _check(model: type[Settings], value: Any, prefix: str, faults: list[Fault]) -> Any:
+    """The validated settings, or None with the faults noted."""
+    if not isinstance(value, Mapping):
+        faults.append(Fault(prefix, f"must be a group of settings, but is {value!r:.60}."))
+        return None
+    try:
+        return model.model_validate(value)
+    except ValidationError as error:
+        faults.extend(faults_of(error, prefix, model))
+        return None
+
+
+def _choose(value: Any, field: str, registry: Registry, given: Iterable[str], faults: list[Fault]) -> Choice | None:
+    """``name`` or ``{name: …, option: …}`` as a complete choice."""
+    if value is None:
+        faults.append(Fault(field, f"must be given: one of {', '.join(registry)}."))
+        return None
+    value = {"name": value} if isinstance(value, str) else value
+    if not isinstance(value, Mapping) or not isinstance(value.get("name"), str):
+        faults.append(Fault(field, f"must be a name, or a group of settings with a `name`, but is {value!r:.60}."))
+        return None
+    options = {key: option for key, option in value.items() if key != "name"}
+    chosen = _options(value["name"], f"{field}.name" if len(value) > 1 else field, registry, given, options, field, faults)
+    return None if chosen is None else Choice(value["name"], chosen)
+
+
+def _options(name: str, name_field: str, registry: Registry, given: Iterable[str], options: Mapping[str, Any], prefix: str,
+             faults: list[Fault]) -> dict[str, Any] | None:
+    try:
+        function: Callable[..., Any] = registry.get(name)
+    except UnknownName as error:
+        faults.append(Fault(name_field, str(error)))
+        return None
+    try:
+        model = settings_of(function, tuple(given))
+    except (TypeError, NameError) as error:
+        faults.append(Fault(name_field, f"must have settings that can be read, but has not: {error}."))
+        return None
+    checked = _check(model, options, prefix, faults)
+    return None if checked is None else checked.model_dump()
+
+
+def _data_parts(raw: Any, parts: dict[str, Any], faults: list[Fault]) -> None:
+    parts["data"] = parts["dataset_options"] = parts["partition"] = None
+    if not isinstance(raw, Mapping):
+        faults.append(Fault("data", f"must be a group of settings with a `dataset`, but is {raw!r:.60}."))
+        return
+    own = {key: value for key, value in raw.items() if key in DataSettings.model_fields}
+    options = {key: value for key, value in raw.items() if key not in own and key != "partition"}
+    parts["data"] = _check(DataSettings, own, "data", faults)
+    parts["partition"] = _choose(raw.get("partition", "iid"), "data.partition", PARTITIONERS, PARTITIONER_GIVEN, faults)
+    if not isinstance(own.get("dataset"), str):
+        return
+    found: list[Fault] = []
+    parts["dataset_options"] = _options(own["dataset"], "data.dataset", DATASETS, DATASET_GIVEN, options, "data", found)
+    # To a user, the data set's options and the section's own stand in one list.
+    known = sorted([*DataSettings.model_fields, "partition"])
+    faults.extend(
+        Fault(fault.field, fault.message.replace("known here: ", f"known here: {', '.join(known)}, ")
+              + ("" if "Did you mean" in fault.message else nearest(fault.field.rpartition(".")[2], known)))
+        if "is not a setting" in fault.message else fault
+        for fault in found
+    )
+
+
+def _server_parts(raw: Any, parts: dict[str, Any], faults: list[Fault]) -> None:
+    parts["server"] = parts["server_optimizer"] = None
+    if not isinstance(raw, Mapping):
+        faults.append(Fault("server", f"must be a group of settings, but is {raw!r:.60}."))
+        return
+    model = create_model("ServerWithOptimizer", __base__=ServerSettings, optimizer=(Any, "sgd"))
+    if _check(model, raw, "server", faults) is not None:
+        own = {key: value for key, value in raw.items() if key != "optimizer"}
+        parts["server"] = _check(ServerSettings, own, "server", faults)
+    parts["server_optimizer"] = _choose(raw.get("optimizer", "sgd"), "server.optimizer", SERVER_OPTIMIZERS, (), faults)
+
+
+def _cross_check(top: Any, parts: Mapping[str, Any], faults: list[Fault]) -> None:
+    fleet, data, metrics = parts["fleet"], parts["data"], parts["metrics"]
+    if top is not None and fleet is not None and fleet.clients is not None and top.cohort > fleet.clients:
+        faults.append(Fault("cohort", f"must be at most `fleet.clients` ({fleet.clients}), but is {top.cohort}."))
+    if metrics is not None and data is not None and metrics.split == "validation" and data.validation_fraction == 0:
+        message = "must be 'test' unless `data.validation_fraction` is above 0, but is 'validation'."
+        faults.append(Fault("metrics.split", message))

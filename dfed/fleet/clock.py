@@ -1,0 +1,52 @@
+"""Virtual time and energy of a client's part in a round, computed from its device profile and never measured."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from dfed.fleet.profile import DeviceProfile
+
+__all__ = ["Cost", "client_cost", "round_time"]
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one round costs one client: seconds for computing, receiving and sending, and energy in joules."""
+
+    compute_s: float
+    down_s: float
+    up_s: float
+    energy_j: float
+
+    @property
+    def total_s(self) -> float:
+        """Seconds from the first byte received to the last byte sent: the three parts follow one another."""
+        return self.down_s + self.compute_s + self.up_s
+
+
+def client_cost(profile: DeviceProfile, *, flops: float, bytes_down: int, bytes_up: int) -> Cost:
+    """The cost of one client's round.
+
+    ::
+
+        compute_s = flops      / profile.flops
+        down_s    = bytes_down / profile.down
+        up_s      = bytes_up   / profile.up
+        energy_j  = profile.watts * compute_s + profile.radio_watts * (down_s + up_s)
+
+    Latency, retransmission, idle power and the energy of the server are left out.
+
+    Args:
+        profile: The client's device.
+        flops: Floating-point operations of the local training.
+        bytes_down, bytes_up: Encoded bytes from and to the server.
+    """
+    assert min(flops, bytes_down, bytes_up) >= 0, "work and bytes cannot be negative"
+    compute_s, down_s, up_s = flops / profile.flops, bytes_down / profile.down, bytes_up / profile.up
+    return Cost(compute_s, down_s, up_s, profile.watts * compute_s + profile.radio_watts * (down_s + up_s))
+
+
+def round_time(costs: Iterable[Cost]) -> float:
+    """Seconds of a synchronous round, which waits for its slowest client: ``max(cost.total_s)``; 0 for no clients."""
+    return max((cost.total_s for cost in costs), default=0.0)

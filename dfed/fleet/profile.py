@@ -1,0 +1,34 @@
+"""What one device can do: the numbers that plans, the virtual clock and the energy account are made from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+__all__ = ["DeviceProfile"]
+
+
+@dataclass(frozen=True)
+class DeviceProfile:
+    """One client's device.
+
+    Attributes:
+        tier: Name of the class of devices it belongs to.
+        budget_bytes: What training may add to the memory of the process; None means no limit.
+        flops: Sustained speed of training in FLOP/s.
+        up: Speed of the link from client to server in bytes/s.
+        down: Speed of the link from server to client in bytes/s.
+        watts: Power in W while it computes.
+        radio_watts: Power in W while it sends or receives.
+        availability: Probability in [0, 1] that it can be reached in a round.
+        dropout: Probability in [0, 1] that, once chosen, it vanishes during the round.
+    """
+
+    tier: str
+    budget_bytes: int | None
+    flops: float
+    up: float
+    down: float
+    watts: float
+    radio_watts: float
+    availability: float
+    dropout: float

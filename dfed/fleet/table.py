@@ -1,0 +1,145 @@
+"""A fleet from a file: one line of comma-separated values a client, kept as columns."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Callable
+
+import numpy as np
+from pydantic import ValidationError
+
+from dfed.errors import ConfigError, Fault
+from dfed.fleet.profile import DeviceProfile
+from dfed.fleet.settings import DeviceSettings
+
+__all__ = ["Rows", "read_rows"]
+
+_NUMBERS = ("flops", "up", "down", "watts", "radio_watts", "availability", "dropout")
+_COLUMNS = ("client", "tier", "memory", *_NUMBERS)
+_FIELD = "fleet.csv"
+_NO_LIMIT = -1
+_MAX_FAULTS = 20
+
+
+class Rows:
+    """The columns of a fleet file.
+
+    Args:
+        tier_names: Names of the tiers.
+        tiers: Index into ``tier_names``, int64 of shape (clients,).
+        budgets: Bytes, int64 of shape (clients,); −1 for no limit.
+        numbers: float64 of shape (clients, 7): flops, up, down, watts, radio_watts, availability, dropout.
+    """
+
+    def __init__(self, tier_names: tuple[str, ...], tiers: np.ndarray, budgets: np.ndarray, numbers: np.ndarray):
+        self.tier_names = tier_names
+        self.num_clients = len(tiers)
+        self.sizes = tuple(int(size) for size in np.bincount(tiers, minlength=len(tier_names)))
+        self._tiers, self._budgets, self._numbers = tiers, budgets, numbers
+        self.has_budgets = bool((budgets != _NO_LIMIT).any())
+
+    def tier_of(self, clients: np.ndarray) -> np.ndarray:
+        """Index into ``tier_names`` of each of ``clients``."""
+        return np.asarray(self._tiers[clients])
+
+    def profile(self, client: int, tier: int) -> DeviceProfile:
+        """The device of ``client``, whose tier is ``tier``."""
+        budget = int(self._budgets[client])
+        numbers = dict(zip(_NUMBERS, self._numbers[client].tolist(), strict=True))
+        return DeviceProfile(
+            tier=self.tier_names[tier], budget_bytes=None if budget == _NO_LIMIT else budget, **numbers
+        )
+
+
+def read_rows(path: str, clients: int | None, budget: Callable[[DeviceSettings], int | None]) -> Rows:
+    """Read a fleet file; :class:`dfed.fleet.settings.FleetSettings` says what it holds.
+
+    Clients without a tier are of tier ``all``.
+
+    Args:
+        path: The file.
+        clients: The number of lines it must have; None for any number but 0.
+        budget: Resolves a device's memory to bytes.
+
+    Raises:
+        ConfigError: If the file cannot be read or has faults (the first 20 are reported, by line).
+    """
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            rows = csv.reader(file, strict=True)
+            header = [cell.strip() for cell in next(rows, [])]
+            _check_header(header, path)
+            lines = [(rows.line_num, cells) for cells in rows if cells]
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise _fault(f"must name a file of comma-separated values, but '{path}' cannot be read: {error}.") from error
+    if not lines or (clients is not None and len(lines) != clients):
+        allowed = "at least one line" if clients is None else f"as many lines as `clients` ({clients})"
+        raise _fault(f"must have {allowed} below the header, but '{path}' has {len(lines)}.")
+    return _columns(header, lines, budget)
+
+
+def _columns(header: list[str], lines: list[tuple[int, list[str]]], budget: Callable[..., int | None]) -> Rows:
+    tier_names: dict[str, int] = {}
+    tiers = np.empty(len(lines), dtype=np.int64)
+    budgets = np.empty(len(lines), dtype=np.int64)
+    numbers = np.empty((len(lines), len(_NUMBERS)), dtype=np.float64)
+    faults: list[Fault] = []
+    for client, (line, cells) in enumerate(lines):
+        try:
+            tier, device = _device(header, cells, client)
+        except ValueError as error:
+            faults.extend(Fault(_FIELD, f"line {line}: {message}") for message in _messages(error))
+            if len(faults) >= _MAX_FAULTS:
+                break
+            continue
+        resolved = budget(device)
+        tiers[client] = tier_names.setdefault(tier, len(tier_names))
+        budgets[client] = _NO_LIMIT if resolved is None else resolved
+        numbers[client] = [getattr(device, name) for name in _NUMBERS]
+    if faults:
+        raise ConfigError(faults[:_MAX_FAULTS])
+    return Rows(tuple(tier_names), tiers, budgets, numbers)
+
+
+def _device(header: list[str], cells: list[str], client: int) -> tuple[str, DeviceSettings]:
+    if len(cells) != len(header):
+        raise ValueError(f"must have {len(header)} cells, as the header has, but has {len(cells)}.")
+    given = {name: cell.strip() for name, cell in zip(header, cells, strict=True) if cell.strip()}
+    tier, number = given.pop("tier", "all"), given.pop("client", str(client))
+    if number != str(client):
+        raise ValueError(f"`client` must count up from 0 and be {client} here, but is '{number}'.")
+    return tier, DeviceSettings(**{name: _scalar(cell) for name, cell in given.items()})
+
+
+def _scalar(cell: str) -> int | float | str:
+    for number in (int, float):
+        try:
+            return number(cell)
+        except ValueError:
+            continue
+    return cell
+
+
+def _messages(error: ValueError) -> list[str]:
+    if not isinstance(error, ValidationError):
+        return [str(error)]
+    messages = []
+    for fault in error.errors():
+        if fault["type"] == "value_error":  # dfed's own words, which say what the value is
+            message = fault["msg"].removeprefix("Value error, ")
+        else:
+            message = f"{fault['msg'].replace('Input should', 'must')}, but is {fault['input']!r}."
+        messages.append(f"`{fault['loc'][0]}` {message}")
+    return messages
+
+
+def _check_header(header: list[str], path: str) -> None:
+    unknown = [name for name in header if name not in _COLUMNS]
+    if unknown:
+        raise _fault(f"must have columns out of {', '.join(_COLUMNS)}, but '{path}' has '{unknown[0]}'.")
+    if len(set(header)) != len(header):
+        raise _fault(f"must name each column once, but the header of '{path}' repeats one.")
+
+
+def _fault(message: str) -> ConfigError:
+    return ConfigError([Fault(_FIELD, message)])

@@ -1,0 +1,13 @@
+"""Memory: hard caps, measured peaks, predicted peaks."""
+
+from dfed.memory.caps import GREY_ZONE, MemoryMeter, MemorySettings, is_out_of_memory, make_cap
+from dfed.memory.predict import predict_peak
+
+__all__ = [
+    "GREY_ZONE",
+    "MemoryMeter",
+    "MemorySettings",
+    "is_out_of_memory",
+    "make_cap",
+    "predict_peak",
+]

@@ -1,0 +1,183 @@
+"""Hard caps: what a client's training adds to a rank's memory is held to the client's budget.
+
+* CUDA: ``torch.cuda.set_per_process_memory_fraction``; the caching allocator refuses what would exceed it. Granularity:
+  the allocator's segments (2 MiB up to 10 MiB).
+* Linux, CPU: the soft ``RLIMIT_DATA`` is set to the present data segment plus the budget; the kernel refuses what would
+  exceed it, torch raises, and the limit is lifted again. Granularity: pages, plus holes below 16 KiB in the heap.
+* Elsewhere a hard cap is refused: there is ``memory.enforce: off``.
+
+The peak is measured beside the cap: allocator statistics on CUDA; on Linux the high-water mark of resident memory above
+where it stood at the start (pages; the kernel's own counters may lag by about 1 MiB). Outside Linux and CUDA there is no
+measurement (None).
+
+**Grey zone.** Within :data:`GREY_ZONE` of the true peak the verdict may depend on allocator layout. Configs whose results
+must be the same on any number of ranks keep every budget further away from the peaks of their plans than that.
+"""
+
+from __future__ import annotations
+
+import gc
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from dfed.errors import ConfigError, Fault
+from dfed.memory import malloc, measure
+from dfed.settings import Settings
+
+__all__ = ["GREY_ZONE", "CpuCap", "CudaCap", "MemoryMeter", "MemorySettings", "Uncapped", "is_out_of_memory", "make_cap"]
+
+GREY_ZONE = 0.10
+"""Relative distance from a plan's peak inside which a budget's verdict is not promised to be reproducible."""
+
+_OOM_TEXTS = (
+    "DefaultCPUAllocator",
+    "can't allocate memory",
+    "not enough memory",
+    "out of memory",
+    "bad_alloc",
+    "could not create a memory",
+    "could not create a primitive",
+    "could not execute a primitive",
+    "Cannot allocate memory",
+)
+
+
+class MemorySettings(Settings):
+    """How clients are held to their budgets.
+
+    Attributes:
+        enforce: ``hard``: by the kernel or the CUDA allocator. ``off``: not at all; stated in the results.
+    """
+
+    enforce: Literal["hard", "off"] = "hard"
+
+
+@dataclass
+class MemoryMeter:
+    """Filled in when the guarded stretch ends: ``peak_bytes`` above the start, None where it was not measured."""
+
+    peak_bytes: int | None = None
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an exception says that memory ran out: torch's, Python's, or one of a library's under torch."""
+    seen: set[int] = set()
+    current: BaseException | None = error
+    while current is not None and id(current) not in seen:
+        if isinstance(current, (MemoryError, torch.OutOfMemoryError)):
+            return True
+        if isinstance(current, (RuntimeError, OSError)) and any(text in str(current) for text in _OOM_TEXTS):
+            return True
+        seen.add(id(current))
+        current = current.__cause__ or current.__context__
+    return False
+
+
+class Uncapped:
+    """No cap. Peaks are measured on Linux when asked for."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+
+    @contextmanager
+    def guard(self, budget_bytes: int | None, *, measure_peak: bool = True) -> Iterator[MemoryMeter]:
+        """Run the body under ``budget_bytes`` (None: unlimited) and measure the memory that it adds.
+
+        Yields:
+            The meter; its ``peak_bytes`` is set when the body ends, also by an exception.
+        """
+        meter = MemoryMeter()
+        if not measure_peak or not sys.platform.startswith("linux"):
+            yield meter
+            return
+        gc.collect()
+        malloc.trim()
+        start = measure.resident_bytes()
+        counted = measure.reset_peak_resident()
+        try:
+            yield meter
+        finally:
+            if counted:
+                meter.peak_bytes = max(0, measure.peak_resident_bytes() - start)
+
+
+class CpuCap(Uncapped):
+    """A cap by ``RLIMIT_DATA`` (Linux)."""
+
+    @contextmanager
+    def guard(self, budget_bytes: int | None, *, measure_peak: bool = True) -> Iterator[MemoryMeter]:
+        """As :meth:`Uncapped.guard`; beyond the budget the kernel refuses memory and torch raises."""
+        if budget_bytes is None:
+            with super().guard(None, measure_peak=measure_peak) as meter:
+                yield meter
+            return
+        import resource  # not on every platform
+
+        soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
+        with super().guard(budget_bytes) as meter:
+            limit = measure.data_segment_bytes() + budget_bytes
+            limit = limit if soft == resource.RLIM_INFINITY else min(limit, soft)
+            resource.setrlimit(resource.RLIMIT_DATA, (limit, hard))
+            try:
+                yield meter
+            finally:
+                resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
+
+
+class CudaCap:
+    """A cap by the CUDA caching allocator. With ``enforce=False`` it only measures."""
+
+    def __init__(self, device: torch.device, enforce: bool):
+        self.device = device
+        self.enforce = enforce
+
+    @contextmanager
+    def guard(self, budget_bytes: int | None, *, measure_peak: bool = True) -> Iterator[MemoryMeter]:
+        """As :meth:`Uncapped.guard`; beyond the budget the allocator raises ``torch.OutOfMemoryError``."""
+        gc.collect()
+        if budget_bytes is not None:
+            torch.cuda.empty_cache()
+        total = torch.cuda.get_device_properties(self.device).total_memory
+        start = torch.cuda.memory_allocated(self.device)
+        torch.cuda.reset_peak_memory_stats(self.device)
+        capped = self.enforce and budget_bytes is not None
+        if capped:
+            assert budget_bytes is not None
+            share = min(1.0, (torch.cuda.memory_reserved(self.device) + budget_bytes) / total)
+            torch.cuda.set_per_process_memory_fraction(share, self.device)
+        meter = MemoryMeter()
+        try:
+            yield meter
+        finally:
+            if capped:
+                torch.cuda.set_per_process_memory_fraction(1.0, self.device)
+            meter.peak_bytes = torch.cuda.max_memory_allocated(self.device) - start
+
+
+def make_cap(settings: MemorySettings, device: torch.device, *, has_budgets: bool) -> Uncapped | CpuCap | CudaCap:
+    """The cap for this rank; on Linux CPUs also sets the C allocator, tight where clients have budgets.
+
+    Args:
+        settings: The run's memory settings.
+        device: Where clients train.
+        has_budgets: Whether any client of the fleet has a budget.
+
+    Raises:
+        ConfigError: If a hard cap is asked for where there is none.
+    """
+    if device.type == "cuda":
+        return CudaCap(device, enforce=settings.enforce == "hard")
+    if settings.enforce == "off" or not has_budgets:
+        malloc.roomy()
+        return Uncapped(device)
+    if not sys.platform.startswith("linux") or not malloc.tight():
+        raise ConfigError([Fault("memory.enforce", (
+            f"is 'hard', but this system ({sys.platform}, {device.type}) offers no hard cap: Linux with glibc, or CUDA, "
+            "is needed; set memory.enforce to 'off' to run without caps."
+        ))])
+    return CpuCap(device)

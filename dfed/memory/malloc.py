@@ -1,0 +1,51 @@
+"""The C library's allocator: what makes a limit on the data segment exact, and fast where there is no limit.
+
+glibc serves large requests from holes in its heap when it has them. Such memory belongs to the data segment already, so
+``RLIMIT_DATA`` does not see it being used again, and a cap would leak by the size of the holes. ``tight()`` therefore
+makes every block of 16 KiB or more a mapping of its own, returned to the kernel when it is freed, and keeps one arena.
+``roomy()`` is the opposite, for ranks that cap nobody: freed memory stays in the heap, which saves the page faults.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import platform
+
+__all__ = ["MMAP_THRESHOLD_BYTES", "is_glibc", "roomy", "tight", "trim"]
+
+MMAP_THRESHOLD_BYTES = 16 * 1024
+_ROOMY_BYTES = 1 << 30
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8
+
+
+def is_glibc() -> bool:
+    """Whether this process runs on the GNU C library, whose allocator these functions steer."""
+    return platform.libc_ver()[0] == "glibc"
+
+
+def _libc() -> ctypes.CDLL:
+    return ctypes.CDLL(None)
+
+
+def tight() -> bool:
+    """Make every block of at least 16 KiB a mapping of its own. Returns whether the allocator took the settings."""
+    if not is_glibc():
+        return False
+    libc = _libc()
+    taken = libc.mallopt(_M_MMAP_THRESHOLD, MMAP_THRESHOLD_BYTES) == 1 and libc.mallopt(_M_ARENA_MAX, 1) == 1
+    return taken and libc.mallopt(_M_TRIM_THRESHOLD, 8 * MMAP_THRESHOLD_BYTES) == 1
+
+
+def roomy() -> bool:
+    """Keep freed memory in the process, to spare page faults. Returns whether the allocator took the settings."""
+    if not is_glibc():
+        return False
+    libc = _libc()
+    # A fixed trim threshold also stops glibc from adapting either threshold by itself.
+    return libc.mallopt(_M_MMAP_THRESHOLD, _ROOMY_BYTES) == 1 and libc.mallopt(_M_TRIM_THRESHOLD, _ROOMY_BYTES) == 1
+
+
+def trim() -> None:
+    """Give all free heap pages back to the kernel (glibc only; elsewhere nothing happens)."""
+    if is_glibc():
+        _libc().malloc_trim(0)

@@ -1,0 +1,68 @@
+"""Predicted peaks: what a stretch of work would allocate, found by running it on tensors without storage.
+
+The work runs under ``FakeTensorMode``: every operator computes shapes, nothing is allocated. A dispatch mode watches the
+storages that come and go; their largest sum is the peak. What kernels take for themselves (workspaces, packed weights)
+is not seen: ``GREY_ZONE`` covers it in the decisions that dfed takes.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+__all__ = ["predict_peak"]
+
+Prepared = TypeVar("Prepared")
+
+
+class _StorageWatch(TorchDispatchMode):
+    """Adds up the bytes of all storages alive; remembers the largest sum."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.current_bytes = 0
+        self.peak_bytes = 0
+        self._alive: dict[int, int] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(out):
+            if isinstance(leaf, torch.Tensor):
+                self._add(leaf.untyped_storage())
+        return out
+
+    def _add(self, storage: torch.UntypedStorage) -> None:
+        handle = storage._cdata
+        size = storage.nbytes()
+        known = self._alive.get(handle)
+        if known == size:
+            return
+        if known is None:
+            weakref.finalize(storage, self._drop, handle)
+        self._alive[handle] = size
+        self.current_bytes += size - (known or 0)
+        self.peak_bytes = max(self.peak_bytes, self.current_bytes)
+
+    def _drop(self, handle: int) -> None:
+        self.current_bytes -= self._alive.pop(handle)
+
+
+def predict_peak(prepare: Callable[[], Prepared], work: Callable[[Prepared], object]) -> int:
+    """Largest number of bytes that ``work`` would hold at once in tensors that it allocates itself.
+
+    Args:
+        prepare: Makes what is there before; its tensors are not counted. Runs under the same ``FakeTensorMode``.
+        work: Gets what ``prepare`` returned. It must not look at the values of tensors. What it returns is dropped.
+    """
+    watch = _StorageWatch()
+    with FakeTensorMode(allow_non_fake_inputs=False):
+        prepared = prepare()
+        with watch:
+            work(prepared)
+    return watch.peak_bytes

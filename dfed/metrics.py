@@ -1,0 +1,137 @@
+"""Metrics: one line a round, one line a client and round, TensorBoard scalars, and the running totals of the summary."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from dfed.settings import Settings
+
+__all__ = ["MetricsSettings", "MetricsWriter", "add_totals", "empty_totals"]
+
+_CLIENT_COUNTS = ("selected", "completed", "oom", "failed", "ineligible", "unavailable")
+
+
+class MetricsSettings(Settings):
+    """What is measured, and how often.
+
+    Attributes:
+        every: Evaluate the global model every so many rounds, and after the last.
+        batch_size: Mini-batch of the evaluation.
+        split: Held-out samples to evaluate on: the ``test`` set, or the ``validation`` share of the training data.
+        tensorboard: Whether to write TensorBoard events.
+    """
+
+    every: Annotated[int, Field(ge=1)] = 1
+    batch_size: Annotated[int, Field(ge=1)] = 500
+    split: Literal["test", "validation"] = "test"
+    tensorboard: bool = True
+
+
+def empty_totals(tier_names: Sequence[str]) -> dict[str, Any]:
+    """Totals before the first round."""
+    return {
+        "clients": dict.fromkeys(_CLIENT_COUNTS, 0),
+        "reasons": {},
+        "tiers": {name: {"selected": 0, "completed": 0, "oom": 0, "failed": 0, "bytes_up": 0, "bytes_down": 0,
+                         "peak_bytes": None} for name in tier_names},
+        "bytes": {"up": 0, "down": 0, "fabric": 0},
+        "time_s": 0.0,
+        "sim_time_s": 0.0,
+        "energy_j": 0.0,
+    }
+
+
+def add_totals(totals: Mapping[str, Any], row: Mapping[str, Any], clients: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """New totals with one round added: its row, and the rows of its clients. The old ones stay as they are."""
+    new = json.loads(json.dumps(totals))
+    for name in _CLIENT_COUNTS:
+        new["clients"][name] += row["clients"][name]
+    for name in ("up", "down", "fabric"):
+        new["bytes"][name] += row["bytes"][name]
+    for name in ("time_s", "sim_time_s", "energy_j"):
+        new[name] += row[name]
+    for client in clients:
+        tier = new["tiers"][client["tier"]]
+        tier["selected"] += 1
+        tier[client["status"]] += 1
+        tier["bytes_up"] += client["bytes_up"]
+        tier["bytes_down"] += client["bytes_down"]
+        if client["peak_bytes"] is not None and client["status"] == "completed":
+            tier["peak_bytes"] = max(tier["peak_bytes"] or 0, client["peak_bytes"])
+        if client["reason"] is not None:
+            new["reasons"][client["reason"]] = new["reasons"].get(client["reason"], 0) + 1
+    return new
+
+
+class MetricsWriter:
+    """Writes ``metrics.jsonl`` and TensorBoard events under a run folder.
+
+    Args:
+        folder: The run folder.
+        next_round: Rows of this round and later ones, left by an interrupted run, are dropped.
+    """
+
+    def __init__(self, folder: Path, *, next_round: int, tensorboard: bool):
+        self._path = folder / "metrics.jsonl"
+        self._keep_rounds_before(next_round)
+        self._file = self._path.open("a", encoding="utf-8")
+        self._events = None
+        if tensorboard:
+            from torch.utils.tensorboard import SummaryWriter  # slow to import, and not needed by every rank
+
+            self._events = SummaryWriter(str(folder / "tensorboard"), purge_step=next_round)
+
+    def _keep_rounds_before(self, next_round: int) -> None:
+        if not self._path.exists():
+            return
+        kept = []
+        for line in self._path.read_text(encoding="utf-8").splitlines():
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError:
+                continue  # a line that was being written when the run was killed
+            if row["round"] < next_round:
+                kept.append(line + "\n")
+        self._path.write_text("".join(kept), encoding="utf-8")
+
+    def write(self, row: Mapping[str, Any], clients: Sequence[Mapping[str, Any]]) -> None:
+        """Write a round's row and its clients' rows, and flush."""
+        for client in clients:
+            self._file.write(json.dumps(_finite({"kind": "client", **client})) + "\n")
+        self._file.write(json.dumps(_finite({"kind": "round", **row})) + "\n")
+        self._file.flush()
+        if self._events is not None:
+            for name, value in _scalars(row):
+                self._events.add_scalar(name, value, row["round"])
+            self._events.flush()
+
+    def close(self) -> None:
+        """Close both files."""
+        self._file.close()
+        if self._events is not None:
+            self._events.close()
+
+
+def _scalars(row: Mapping[str, Any], prefix: str = "") -> list[tuple[str, float]]:
+    found: list[tuple[str, float]] = []
+    for name, value in row.items():
+        if isinstance(value, Mapping):
+            found += _scalars(value, f"{prefix}{name}/")
+        elif isinstance(value, (int, float)) and not isinstance(value, bool) and name != "round":
+            found.append((prefix + name, float(value)))
+    return found
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN and no infinity: they become null."""
+    if isinstance(value, Mapping):
+        return {key: _finite(part) for key, part in value.items()}
+    if isinstance(value, list):
+        return [_finite(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,7 @@
+"""Models as chains of named units; every random number that they draw comes from a generator handed to them."""
+
+from __future__ import annotations
+
+from dfed.models.chain import Chain, build_chain, materialise
+
+__all__ = ["Chain", "build_chain", "materialise"]

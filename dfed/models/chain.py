@@ -1,0 +1,284 @@
+"""A model as an ordered list of named units, and how one is built by name and given its first values."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dfed.errors import ConfigError, Fault
+from dfed.models.init import Scheme, initialise
+from dfed.models.layers import KeyedRandom, keyed
+from dfed.registry import MODELS, UnknownName, nearest
+from dfed.settings import settings_of
+
+__all__ = ["Chain", "build_chain", "materialise"]
+
+
+class Chain(nn.Module):
+    """A model as an ordered list of named units: each takes the output of the one before.
+
+    Units are direct submodules, so a tensor is called ``<unit>.<rest>``. Layers inside that draw from torch's global
+    generator are replaced, in place, by layers that draw from the one of :meth:`set_generator`.
+
+    Args:
+        units: Names and modules, in order. A module takes one tensor and returns one tensor, batch first.
+        input_shape: Shape of one sample, without the batch dimension, e.g. (channels, height, width).
+        num_classes: Number of outputs of the last unit.
+        name: The model's name, for messages.
+        init: The scheme by which :func:`materialise` fills the weights.
+
+    Raises:
+        ConfigError: If a unit's name is empty, reserved, repeated or has a dot; if two units are one module, or two
+            names stand for one tensor; or if a layer draws from the global generator and cannot be replaced.
+    """
+
+    def __init__(
+        self,
+        units: Sequence[tuple[str, nn.Module]],
+        *,
+        input_shape: tuple[int, ...],
+        num_classes: int,
+        name: str,
+        init: Scheme = "torch",
+    ):
+        super().__init__()
+        self.name = name
+        self.input_shape = tuple(input_shape)
+        self.num_classes = num_classes
+        self.init_scheme = init
+        self._unit_names = tuple(unit_name for unit_name, _ in units)
+        self._shapes: dict[str, tuple[int, ...]] | None = None
+        if not units:
+            raise ConfigError([Fault("units", "must hold at least one unit, but is empty.")])
+        for unit_name, module in units:
+            self._check_unit(unit_name, module)
+            self.add_module(unit_name, keyed(module, unit_name))
+        self._check_tied()
+
+    def _check_unit(self, name: str, module: nn.Module) -> None:
+        if not isinstance(module, nn.Module):
+            raise ConfigError([Fault(name, f"must be an nn.Module, but is a {type(module).__name__}.")])
+        if not name or "." in name:
+            raise ConfigError([Fault("units", f"must have names that are not empty and have no dot, but is '{name}'.")])
+        if name in self._modules:
+            raise ConfigError([Fault("units", f"must have distinct names, but '{name}' is there twice.")])
+        if hasattr(self, name):
+            raise ConfigError([Fault("units", f"must not be called '{name}', which is an attribute of a Chain.")])
+        for other, existing in self._modules.items():
+            if existing is module:
+                message = f"must be a module of its own, but is the one of unit '{other}'."
+                raise ConfigError([Fault(name, message)])
+
+    def _check_tied(self) -> None:
+        """Units are frozen, encoded and sent one by one, which a tensor with two names would not survive."""
+        seen: dict[int, str] = {}
+        tensors = [*self.named_parameters(remove_duplicate=False), *self.named_buffers(remove_duplicate=False)]
+        for name, tensor in tensors:
+            other = seen.setdefault(id(tensor), name)
+            if other != name:
+                raise ConfigError([Fault(name, f"must be a tensor of its own, but is the same as `{other}`.")])
+
+    @property
+    def unit_names(self) -> tuple[str, ...]:
+        """Names of the units, in order."""
+        return self._unit_names
+
+    def __len__(self) -> int:
+        return len(self._unit_names)
+
+    def unit(self, name: str) -> nn.Module:
+        """The unit called ``name``.
+
+        Raises:
+            UnknownName: If there is none.
+        """
+        self._index(name)
+        return self._modules[name]  # type: ignore[return-value]
+
+    def unit_of(self, tensor_name: str) -> str:
+        """The name of the unit that the parameter or buffer ``tensor_name`` (``<unit>.<rest>``) lies in.
+
+        Raises:
+            UnknownName: If the name does not start with that of a unit.
+        """
+        name = tensor_name.partition(".")[0]
+        self._index(name)
+        return name
+
+    def _index(self, unit: str | int) -> int:
+        if isinstance(unit, int):
+            if not 0 <= unit <= len(self):
+                raise UnknownName(f"unit index must be at least 0 and at most {len(self)}, but is {unit}.")
+            return unit
+        if unit not in self._unit_names:
+            known = list(self._unit_names)
+            raise UnknownName(f"unit must be one of {', '.join(known)}, but is '{unit}'.{nearest(unit, known)}")
+        return self._unit_names.index(unit)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """All units in order: (batch, *input_shape) to (batch, num_classes)."""
+        return self.run(x)
+
+    def run(self, x: Tensor, start: str | int | None = None, stop: str | int | None = None) -> Tensor:
+        """The units from ``start`` up to and not including ``stop``, each by name or index.
+
+        None stands for the first unit, and for the end.
+
+        Args:
+            x: What unit ``start`` takes, (batch, …).
+
+        Raises:
+            UnknownName: If a unit does not exist.
+            ValueError: If ``start`` comes after ``stop``.
+        """
+        first = 0 if start is None else self._index(start)
+        last = len(self) if stop is None else self._index(stop)
+        if first > last:
+            raise ValueError(f"`start` must not come after `stop` ({stop!r}), but is {start!r}.")
+        for name in self._unit_names[first:last]:
+            x = self._modules[name](x)  # type: ignore[misc]
+        return x
+
+    def output_shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape of one sample (no batch dimension) after each unit.
+
+        Found once, on the meta device: nothing is allocated, drawn or changed, wherever the chain itself lies.
+
+        Raises:
+            ConfigError: If a unit cannot take what it is given; names the unit.
+        """
+        if self._shapes is None:
+            self._shapes = self.skeleton()._trace_shapes()
+        return dict(self._shapes)
+
+    @torch.no_grad()
+    def _trace_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Run every unit in evaluation mode; for a chain on the meta device that is thrown away afterwards."""
+        floats = (tensor.dtype for tensor in self.parameters() if tensor.is_floating_point())
+        x = torch.empty((2, *self.input_shape), dtype=next(floats, None), device="meta")
+        shapes: dict[str, tuple[int, ...]] = {}
+        self.eval()
+        for name in self._unit_names:
+            before = tuple(x.shape[1:])
+            try:
+                x = self.run(x, name, self._index(name) + 1)
+            except (RuntimeError, ValueError, IndexError, AssertionError) as error:
+                message = f"must suit model '{self.name}', but is {self.input_shape}: "
+                message += f"unit '{name}' cannot take an input of shape {before}: {error}"
+                raise ConfigError([Fault("input_shape", message)]) from error
+            if not isinstance(x, Tensor):
+                raise ConfigError([Fault(name, f"must return one tensor, but returns a {type(x).__name__}.")])
+            shapes[name] = tuple(x.shape[1:])
+        return shapes
+
+    def skeleton(self) -> Chain:
+        """A copy on the meta device: modules of its own, no storage, no generator. ``self`` may lie anywhere."""
+        memo: dict[int, Any] = {}
+        for tensor in self.parameters():
+            memo[id(tensor)] = nn.Parameter(tensor.detach().to("meta"), requires_grad=tensor.requires_grad)
+        for tensor in self.buffers():
+            memo[id(tensor)] = tensor.detach().to("meta")
+        return copy.deepcopy(self, memo)
+
+    def set_generator(self, generator: torch.Generator | None) -> None:
+        """Hand ``generator`` to every layer that draws random numbers; None takes it away.
+
+        It must be on the device of the chain's inputs, and is advanced by every training forward.
+        """
+        for module in self.modules():
+            if isinstance(module, KeyedRandom):
+                module.generator = generator
+
+
+_GIVEN = ("input_shape", "num_classes")
+
+
+def build_chain(name: str, options: Mapping[str, Any], *, input_shape: tuple[int, ...], num_classes: int) -> Chain:
+    """Build a model on the meta device: nothing is allocated, and no random number is drawn.
+
+    Args:
+        name: A name of ``dfed.registry.MODELS``, or ``package.module:function``. A function of one's own has the
+            keyword-only parameters ``input_shape``, ``num_classes`` and its options, and returns a :class:`Chain`, or
+            an ``nn.Sequential`` whose children become the units.
+        options: Options of the model, by name.
+        input_shape: Shape of one sample, e.g. (channels, height, width).
+        num_classes: Number of classes.
+
+    Returns:
+        A chain whose tensors are on the meta device; see :func:`materialise`.
+
+    Raises:
+        UnknownName: If there is no such model.
+        pydantic.ValidationError: If an option is unknown or has a wrong value (a ValueError).
+        ConfigError: If the model cannot be built for this shape, or is no chain.
+    """
+    shape = tuple(input_shape)
+    if not shape or min(shape) < 1:
+        raise ConfigError([Fault("input_shape", f"must be one or more sizes of at least 1, but is {shape}.")])
+    if num_classes < 1:
+        raise ConfigError([Fault("num_classes", f"must be at least 1, but is {num_classes}.")])
+    builder = MODELS.get(name)
+    _check_builder(name, builder)
+    settings = settings_of(builder, given=_GIVEN)(**options)
+    chosen = {field: getattr(settings, field) for field in type(settings).model_fields}
+    with torch.device("meta"):
+        built = builder(input_shape=shape, num_classes=num_classes, **chosen)
+    chain = _as_chain(name, built, shape, num_classes)
+    last = chain.output_shapes()[chain.unit_names[-1]]
+    if last != (num_classes,):
+        message = f"must return one number per class, ({num_classes},), for each sample, but returns {last}."
+        raise ConfigError([Fault(f"model {name}", message)])
+    return chain
+
+
+def _check_builder(name: str, builder: Callable[..., Any]) -> None:
+    parameters = inspect.signature(builder).parameters if callable(builder) else {}
+    missing = [given for given in _GIVEN if given not in parameters]
+    if missing:
+        message = f"must be a function with the keyword-only parameters {' and '.join(_GIVEN)}, "
+        message += f"but has no {' and no '.join(missing)}."
+        raise ConfigError([Fault(f"model {name}", message)])
+
+
+def _as_chain(name: str, built: object, input_shape: tuple[int, ...], num_classes: int) -> Chain:
+    if isinstance(built, Chain):
+        if built.input_shape != input_shape:
+            message = f"must be built for input_shape {input_shape}, but is built for {built.input_shape}."
+            raise ConfigError([Fault(f"model {name}", message)])
+        return built
+    if isinstance(built, nn.Sequential):
+        units = list(built._modules.items())  # named_children() would drop a module that is there twice
+        return Chain(units, input_shape=input_shape, num_classes=num_classes, name=name)  # type: ignore[arg-type]
+    message = (
+        f"must return a Chain or an nn.Sequential with named children, but returns a {type(built).__name__}. Cut it "
+        "into steps that run one after another, and return dfed.models.Chain([('stem', …), ('block0', …), "
+        "('head', …)], input_shape=input_shape, num_classes=num_classes, name='…')."
+    )
+    raise ConfigError([Fault(f"model {name}", message)])
+
+
+def materialise(chain: Chain, generator: torch.Generator, device: torch.device | str = "cpu") -> Chain:
+    """Give ``chain`` real storage and fill every parameter and buffer from ``generator``.
+
+    Drawn on the CPU and then moved, so the values do not depend on the device. Values it had before are lost.
+
+    Args:
+        chain: A chain on any device; changed.
+        generator: A CPU generator; advanced.
+        device: Where the chain goes.
+
+    Returns:
+        ``chain`` itself.
+
+    Raises:
+        ConfigError: If a parameter or buffer is covered by no rule of :mod:`dfed.models.init`; names it.
+    """
+    assert generator.device.type == "cpu", f"first values are drawn on the CPU, not on {generator.device}"
+    chain.to_empty(device="cpu")
+    initialise(chain, generator, chain.init_scheme)
+    return chain.to(device)

@@ -1,0 +1,94 @@
+"""Plans: one client's assignment for one round, as plain data."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+__all__ = ["Phase", "Plan"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Phase:
+    """A stretch of local training inside a round.
+
+    Exactly one of ``epochs`` and ``steps`` is given.
+
+    Attributes:
+        batch_size: Samples in a mini-batch.
+        epochs: Passes over the client's data.
+        steps: Optimiser steps, cycling over the client's data.
+        objective: The name under which a strategy's ``loss`` knows this phase.
+    """
+
+    batch_size: int
+    epochs: int | None = None
+    steps: int | None = None
+    objective: str = "cross_entropy"
+
+    def __post_init__(self) -> None:
+        assert (self.epochs is None) != (self.steps is None), "a phase has either epochs or steps"
+
+    def num_steps(self, num_samples: int) -> int:
+        """Optimiser steps that this phase takes on ``num_samples`` samples."""
+        if self.steps is not None:
+            return self.steps
+        assert self.epochs is not None
+        return self.epochs * -(-num_samples // self.batch_size)
+
+    def num_visits(self, num_samples: int) -> int:
+        """Samples that pass through the model in this phase, repetitions counted."""
+        if self.epochs is not None:
+            return self.epochs * num_samples
+        assert self.steps is not None
+        whole, rest = divmod(self.steps, -(-num_samples // self.batch_size))
+        return whole * num_samples + rest * min(self.batch_size, num_samples)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What one client holds, trains and returns in one round. Holds no tensors; survives JSON.
+
+    Attributes:
+        client: The client it is for.
+        hold: Blocks sent down, in the order of the chain.
+        train: Blocks trained and sent up; a subset of ``hold``.
+        phases: Local training, in order.
+        width: Share of the channels held, in (0, 1].
+        down: Codec of each block that is not sent down as fp32.
+        up: Codec of each block that is not sent up as fp32.
+        options: What else a strategy wants to tell its own ``build`` and ``loss``; JSON values only.
+    """
+
+    client: int
+    hold: tuple[str, ...]
+    train: tuple[str, ...]
+    phases: tuple[Phase, ...]
+    width: float = 1.0
+    down: Mapping[str, str] = field(default_factory=dict)
+    up: Mapping[str, str] = field(default_factory=dict)
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        missing = set(self.train) - set(self.hold)
+        assert not missing, f"a plan trains blocks that it does not hold: {sorted(missing)}"
+
+    def to_json(self) -> dict[str, Any]:
+        """The plan as a dictionary of JSON values."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Plan:
+        """The plan that :meth:`to_json` wrote, also after a trip through JSON text."""
+        rest = dict(value)
+        phases = tuple(Phase(**phase) for phase in rest.pop("phases"))
+        return cls(hold=tuple(rest.pop("hold")), train=tuple(rest.pop("train")), phases=phases, **rest)
+
+    def shape_key(self) -> str:
+        """Text that is equal for plans that build the same sub-model and train it the same way, whoever the client."""
+        value = self.to_json()
+        del value["client"]
+        return json.dumps(value, sort_keys=True)

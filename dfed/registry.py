@@ -1,0 +1,135 @@
+"""The tables of names: what a config may say, and where it is found.
+
+One line a thing. A value is ``"module:attribute"`` and is imported only when asked for, so that listing costs nothing
+and no layer imports upwards. The first line of the object's docstring is what ``dfed list`` shows.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+from collections.abc import Iterator
+from typing import Any
+
+from dfed.errors import DfedError
+
+__all__ = ["ALL", "DATASETS", "MODELS", "PARTITIONERS", "STRATEGIES", "Registry", "UnknownName", "nearest"]
+
+
+class UnknownName(DfedError, KeyError):
+    """A name that a registry does not know."""
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+
+def nearest(name: str, known: list[str]) -> str:
+    """`` Did you mean 'x'?`` for a near miss, else the empty string."""
+    match = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    return f" Did you mean '{match[0]}'?" if match else ""
+
+
+class Registry:
+    """Names of one kind of thing, resolved lazily.
+
+    Args:
+        kind: What it holds, in the singular, for messages.
+        table: Name to ``"module:attribute"``.
+    """
+
+    def __init__(self, kind: str, table: dict[str, str]):
+        self.kind = kind
+        self._table = table
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(sorted(self._table))
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._table
+
+    def get(self, name: str) -> Any:
+        """The object called ``name``. A name ``package.module:attribute`` is imported as it stands.
+
+        Raises:
+            UnknownName: If there is no such name; the message lists the known ones and the nearest.
+        """
+        target = self._table.get(name)
+        if target is None:
+            if ":" not in name:
+                known = list(self)
+                allowed = ", ".join(known)
+                raise UnknownName(f"must be one of {allowed}, but is '{name}'.{nearest(name, known)}")
+            target = name
+        module_name, _, attribute = target.partition(":")
+        try:
+            return getattr(importlib.import_module(module_name), attribute)
+        except (ImportError, AttributeError) as error:
+            raise UnknownName(f"must name a {self.kind} that can be imported, but '{target}' cannot: {error}.") from error
+
+    def summary(self, name: str) -> str:
+        """First line of the object's docstring."""
+        return (self.get(name).__doc__ or "").strip().partition("\n")[0]
+
+
+MODELS = Registry("model", {
+    "cnn": "dfed.models.cnn:cnn",
+    "densenet40": "dfed.models.densenet:densenet40",
+    "mlp": "dfed.models.mlp:mlp",
+    "mobilenet_v2": "dfed.models.mobilenet:mobilenet_v2",
+    "resnet8": "dfed.models.cifar_resnet:resnet8",
+    "resnet18": "dfed.models.resnet:resnet18",
+    "resnet20": "dfed.models.cifar_resnet:resnet20",
+    "resnet34": "dfed.models.resnet:resnet34",
+    "resnet50": "dfed.models.resnet:resnet50",
+    "resnet56": "dfed.models.cifar_resnet:resnet56",
+    "vgg11_bn": "dfed.models.vgg:vgg11_bn",
+    "vgg16_bn": "dfed.models.vgg:vgg16_bn",
+    "vgg19_bn": "dfed.models.vgg:vgg19_bn",
+    "vit_tiny": "dfed.models.vit:vit_tiny",
+})
+DATASETS = Registry("data set", {
+    "cifar10": "dfed.data.torchvision_sets:cifar10",
+    "cifar100": "dfed.data.torchvision_sets:cifar100",
+    "digits": "dfed.data.digits:digits",
+    "fashion_mnist": "dfed.data.torchvision_sets:fashion_mnist",
+    "image_folder": "dfed.data.torchvision_sets:image_folder",
+    "mnist": "dfed.data.torchvision_sets:mnist",
+    "synthetic": "dfed.data.synthetic:synthetic",
+})
+PARTITIONERS = Registry("partitioner", {
+    "dirichlet": "dfed.data.partition:dirichlet",
+    "dirichlet_tiers": "dfed.data.partition:dirichlet_tiers",
+    "fixed": "dfed.data.partition:fixed",
+    "iid": "dfed.data.partition:iid",
+    "quantity_skew": "dfed.data.partition:quantity_skew",
+    "shards": "dfed.data.partition:shards",
+})
+STRATEGIES = Registry("strategy", {
+    "exclusivefl": "dfed.strategies.exclusivefl:ExclusiveFL",
+    "fedavg": "dfed.strategies.fedavg:FedAvg",
+    "fedprox": "dfed.strategies.fedprox:FedProx",
+})
+SAMPLERS = Registry("sampler", {
+    "uniform": "dfed.server.samplers:Uniform",
+    "weighted": "dfed.server.samplers:Weighted",
+})
+SERVER_OPTIMIZERS = Registry("server optimiser", {
+    "adam": "dfed.server.optimizers:adam",
+    "momentum": "dfed.server.optimizers:momentum",
+    "sgd": "dfed.server.optimizers:sgd",
+    "yogi": "dfed.server.optimizers:yogi",
+})
+CODECS = Registry("codec", {
+    "bf16": "dfed.comm.codecs:BF16",
+    "fp16": "dfed.comm.codecs:FP16",
+    "fp32": "dfed.comm.codecs:FP32",
+})
+ALL = {
+    "strategies": STRATEGIES,
+    "models": MODELS,
+    "data sets": DATASETS,
+    "partitioners": PARTITIONERS,
+    "samplers": SAMPLERS,
+    "server optimisers": SERVER_OPTIMIZERS,
+    "codecs": CODECS,
+}

@@ -1,0 +1,1 @@
+"""Reports: the run folder, the console, tables."""

@@ -1,0 +1,166 @@
+"""The run folder: everything that a run leaves behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Mapping
+from datetime import datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+import dfed
+from dfed.checkpoint import params_sha256
+from dfed.client import Evaluation
+from dfed.cohort import Job
+from dfed.comm import Link
+from dfed.config import Config
+from dfed.errors import ConfigError, Fault
+from dfed.state import ServerState
+
+__all__ = ["RunFolder"]
+
+_TIER_SAMPLE = 1000
+_PACKAGES = ("torch", "torchvision", "numpy", "pydantic", "safetensors")
+
+
+class RunFolder:
+    """A folder with ``config.yaml``, ``environment.json``, ``metrics.jsonl``, ``tensorboard/``, ``checkpoint/`` and
+    ``summary.json``.
+
+    Args:
+        path: The folder; made if need be.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    @classmethod
+    def open(cls, path: Path, config: Config, *, resume: bool) -> RunFolder:
+        """Make the folder and write the resolved config into it.
+
+        Raises:
+            ConfigError: If it cannot be written, or holds a run already and ``resume`` is false.
+        """
+        folder = cls(path)
+        if not resume and (path / "config.yaml").exists():
+            raise ConfigError([Fault("--out", f"must be a new folder, or be continued with --resume, but {path} holds a run.")])
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            text = yaml.safe_dump(config.to_dict(), sort_keys=False)
+            partial = path / ".config.yaml.partial"
+            partial.write_text(text, encoding="utf-8")
+            partial.rename(path / "config.yaml")
+        except OSError as error:
+            raise ConfigError([Fault("--out", f"must be a folder that can be written, but {path} is not: {error.strerror}.")]) \
+                from error
+        return folder
+
+    @property
+    def checkpoints(self) -> Path:
+        """Where checkpoints go."""
+        return self.path / "checkpoint"
+
+    def write_environment(self, link: Link, config: Config) -> None:
+        """Write what the run ran on: versions, commit, ranks, backend and why."""
+        self._write("environment.json", {
+            "date": datetime.now().astimezone().isoformat(timespec="seconds"),
+            "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+            "dfed": dfed.__version__,
+            "git_commit": _git_commit(),
+            "python": platform.python_version(),
+            "packages": {name: metadata.version(name) for name in _PACKAGES},
+            "system": platform.platform(),
+            "processor": _processor(),
+            "cpus": os.cpu_count(),
+            "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+            "threads": torch.get_num_threads(),
+            "gpu": torch.cuda.get_device_name(link.device) if link.device.type == "cuda" else None,
+            "ranks": link.transport.size,
+            "client_ranks": list(link.transport.client_ranks),
+            "device": str(link.device),
+            "backend": link.backend,
+            "backend_reason": link.reason,
+            "memory_enforce": config.memory.enforce,
+        })
+
+    def write_summary(self, config: Config, job: Job, state: ServerState, evaluation: Evaluation | None,
+                      stopped: bool) -> dict[str, Any]:
+        """Write and return the run's summary."""
+        totals = state.totals
+        summary = {
+            "strategy": config.strategy.name,
+            "model": config.model.name,
+            "dataset": config.data.dataset,
+            "seed": config.seed,
+            "rounds": state.round_index,
+            "finished": not stopped,
+            "split": config.metrics.split,
+            "accuracy": evaluation.accuracy if evaluation else None,
+            "loss": evaluation.loss if evaluation else None,
+            "params_sha256": params_sha256(state.params),
+            "num_params": sum(value.numel() for name, value in state.params.items() if name not in job.buffers),
+            "memory_enforce": config.memory.enforce,
+            "clients": totals["clients"],
+            "reasons": totals["reasons"],
+            "tiers": [_tier(job, name, totals["tiers"][name], evaluation) for name in job.fleet.tier_names],
+            "bytes": totals["bytes"],
+            "time_s": totals["time_s"],
+            "sim_time_s": totals["sim_time_s"],
+            "energy_j": totals["energy_j"],
+        }
+        self._write("summary.json", summary)
+        return summary
+
+    def _write(self, name: str, value: Mapping[str, Any]) -> None:
+        partial = self.path / f".{name}.partial"
+        partial.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+        partial.rename(self.path / name)
+
+
+def _tier(job: Job, name: str, totals: Mapping[str, Any], evaluation: Evaluation | None) -> dict[str, Any]:
+    some = job.fleet.tier_clients(name, _TIER_SAMPLE)
+    budgets = {job.fleet.profile(int(client)).budget_bytes for client in some}
+    accuracy = None
+    if evaluation is not None:
+        # Lazy partitions give every client the mix of the whole set, and are not asked client by client.
+        lazy = job.partition.label_counts([]) is None
+        clients = [] if lazy else job.fleet.tier_clients(name, None).tolist()
+        accuracy = evaluation.accuracy_on(job.partition.label_counts(clients))
+    finite = [budget for budget in budgets if budget is not None]
+    return {
+        "name": name,
+        "clients": job.fleet.tier_size(name),
+        **totals,
+        "budget_bytes": min(finite) if finite else None,
+        "accuracy": accuracy,
+    }
+
+
+def _git_commit() -> str | None:
+    """The commit of the source tree that this package is run from; None for an installed package."""
+    root = Path(dfed.__file__).resolve().parent.parent
+    if not (root / ".git").exists():
+        return None
+    try:
+        done = subprocess.run(["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40"],
+                              capture_output=True, text=True, timeout=10, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() or None
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()

@@ -1,0 +1,128 @@
+"""One round, on one page: what the server does, and what every rank does."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from dfed.cohort import Job, choose_cohort, client_rows, encode_order, round_row
+from dfed.comm import Message, wire
+from dfed.comm.partial_sums import PartialSums
+from dfed.errors import TooManyFailures, UpdateRejected
+from dfed.plan import Plan
+from dfed.server import Contribution, aggregate
+from dfed.state import ServerState
+
+__all__ = ["RoundResult", "lead_round", "take_part"]
+
+
+@dataclass(frozen=True)
+class RoundResult:
+    """What the server knows after a round.
+
+    Attributes:
+        row, clients: The round's line of metrics, and its clients' lines.
+        stop_requested: Whether some rank was asked to stop.
+    """
+
+    state: ServerState
+    row: dict[str, Any]
+    clients: list[dict[str, Any]]
+    stop_requested: bool
+
+
+def lead_round(job: Job, state: ServerState) -> RoundResult:
+    """The server's round (collective: the other ranks call :func:`take_part` with what they receive).
+
+    Raises:
+        TooManyFailures: If more clients failed than the settings allow.
+        RankLost: If a rank died.
+    """
+    start, fabric = time.perf_counter(), job.transport.fabric_bytes
+
+    # 1. Plan for the candidates and draw the cohort among those who have a plan; assign clients to ranks.
+    cohort = choose_cohort(job, state)
+
+    # 2. Down: every block that someone needs, encoded once, to all ranks.
+    order = job.transport.broadcast(encode_order(job, state, cohort))
+
+    # 3. to 5. The ranks train their clients; sums and reports come up.
+    sums, parts = take_part(job, order)
+    assert parts is not None, "the server gathers"
+    reports = sorted((report for part in parts for report in part["reports"]), key=lambda report: report["client"])
+    _check_failures(job, reports, state.round_index)
+
+    # 6. Aggregate: covered entries become the weighted mean, the others stay; then the server optimiser.
+    completed = [cohort.plans[report["client"]] for report in reports if report["status"] == "completed"]
+    new = aggregate(
+        state, sums, [_contribution(job, plan) for plan in completed], order.meta["scale"], job.optimizer, job.buffers
+    )
+
+    # 7. Metrics, virtual clock, and the strategy's own state.
+    clients = client_rows(job, cohort, reports, state.round_index)
+    row = round_row(cohort, clients, state.round_index)
+    row["bytes"]["fabric"] = job.transport.fabric_bytes - fabric
+    row["time_s"] = time.perf_counter() - start
+    return RoundResult(job.strategy.advance(state, new, row), row, clients, any(part["stop"] for part in parts))
+
+
+def take_part(job: Job, order: Message) -> tuple[PartialSums, list[dict[str, Any]] | None]:
+    """Every rank's round, from the order that came down (collective).
+
+    Returns:
+        The sums (over all ranks on the server, undefined elsewhere), and on the server what each rank reported.
+    """
+    meta, transport = order.meta, job.transport
+    names = meta["up_names"]
+    sums = job.worker.sums(names) if job.worker else PartialSums({name: job.shapes[name] for name in names})
+
+    # 3. Take the clients assigned to this rank, and 4. train them one after another, each under its cap.
+    tasks = meta["tasks"].get(str(transport.rank), [])
+    reports, updates = job.worker.work(order, tasks, sums) if job.worker else ([], [])
+
+    # 5. Up: one sum over the ranks, or each client's update by itself. Both give the same bits.
+    parts = transport.gather({"reports": reports, "stop": job.stop_requested()})
+    if meta["exchange"] == "fused":
+        transport.reduce(sums.flat)
+        return sums, parts
+    for update in updates:
+        transport.send(update)
+    if parts is not None:
+        _fold_updates(job, meta, parts, sums)
+    return sums, parts
+
+
+def _fold_updates(job: Job, meta: Mapping[str, Any], gathered: Sequence[Mapping[str, Any]], sums: PartialSums) -> None:
+    """Take each client's own update from its rank and fold it (any order gives the same bits)."""
+    plans = {task["plan"]["client"]: (Plan.from_json(task["plan"]), task["weight"])
+             for tasks in meta["tasks"].values() for task in tasks}
+    for rank, part in enumerate(gathered):
+        for report in part["reports"]:
+            if report["status"] != "completed":
+                continue
+            update = job.transport.receive(rank)
+            plan, weight = plans[report["client"]]
+            form = job.forms.of(plan)
+            form.check_update(update, meta["round"], plan.client, rank)
+            try:
+                sums.add(wire.decode(update), form.regions, weight * meta["scale"], meta["ranges"])
+            except UpdateRejected as error:
+                report.update(status="failed", reason=error.reason, detail=str(error))
+
+
+def _contribution(job: Job, plan: Plan) -> Contribution:
+    form = job.forms.of(plan)
+    sent = {entry.name: form.regions[entry.name] for entry in form.up}
+    return Contribution(job.partition.num_samples(plan.client), sent)
+
+
+def _check_failures(job: Job, reports: Sequence[Mapping[str, Any]], round_index: int) -> None:
+    failed = [report for report in reports if report["status"] == "failed"]
+    if reports and len(failed) > job.max_failed_fraction * len(reports):
+        raise TooManyFailures(
+            f"round {round_index}: {len(failed)} of {len(reports)} clients failed, more than "
+            f"`server.max_failed_fraction` ({job.max_failed_fraction:g}) allows. The last one, client "
+            f"{failed[-1]['client']}, said: {failed[-1]['detail']}"
+        )

@@ -1,0 +1,80 @@
+"""Aggregation: from the sums of all ranks to the next global model."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dfed.comm.partial_sums import PartialSums
+from dfed.region import WHOLE, Region
+from dfed.server.optimizers import ServerOptimizer
+from dfed.state import ServerState
+
+__all__ = ["Contribution", "aggregate"]
+
+
+@dataclass(frozen=True)
+class Contribution:
+    """What one completed client contributed: its weight, and the region of each tensor that it sent."""
+
+    weight: int
+    regions: Mapping[str, Region]
+
+
+def aggregate(
+    state: ServerState,
+    sums: PartialSums,
+    contributions: Sequence[Contribution],
+    scale: float,
+    optimizer: ServerOptimizer,
+    buffers: Collection[str],
+) -> ServerState:
+    """The state after the round: covered entries become the weighted mean over their holders, the others stay.
+
+    Parameters then pass through the server optimiser; buffers (norm statistics) take the mean itself.
+
+    Args:
+        sums: Exact sums of weight · ``scale`` · value over all ranks.
+        contributions: Of the completed clients.
+        buffers: Names of the tensors that are no parameters.
+    """
+    params, slots = dict(state.params), dict(state.slots)
+    for name in sums.shapes:
+        held = _weights_by_region(name, contributions)
+        if not held:
+            continue
+        mean, covered = _mean(sums[name], held, scale, state.params[name])
+        if name in buffers:
+            params[name] = mean
+        else:
+            before = slots.get(name)
+            before = optimizer.init(name, state.params[name]) if before is None else before
+            params[name], slots[name] = optimizer.step(name, state.params[name], mean, dict(before), covered)
+    return ServerState(
+        round_index=state.round_index + 1, params=params, slots=slots, facts=state.facts, totals=state.totals
+    )
+
+
+def _weights_by_region(name: str, contributions: Sequence[Contribution]) -> dict[Region, int]:
+    """Total weight behind each distinct region, so that a region's entries are visited once, whoever holds them."""
+    held: dict[Region, int] = {}
+    for contribution in contributions:
+        region = contribution.regions.get(name)
+        if region is not None and contribution.weight:
+            held[region] = held.get(region, 0) + contribution.weight
+    return held
+
+
+def _mean(total: Tensor, held: Mapping[Region, int], scale: float, old: Tensor) -> tuple[Tensor, Tensor | None]:
+    """The mean (float32; ``old`` where nobody holds the entry) and which entries are covered (None: all)."""
+    if set(held) == {WHOLE}:
+        return (total / (held[WHOLE] * scale)).to(torch.float32), None
+    weights = torch.zeros_like(total)
+    for region, weight in held.items():
+        region.add_(weights, weight * scale)  # exact: whole numbers times a power of two
+    covered = weights > 0
+    mean = torch.where(covered, total / weights, old.to(torch.float64)).to(torch.float32)
+    return mean, None if bool(covered.all()) else covered

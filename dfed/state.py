@@ -1,0 +1,30 @@
+"""What survives a round: the server's state, and the running totals of the metrics."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+__all__ = ["ServerState"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServerState:
+    """All that the server remembers between rounds, and all that a checkpoint holds.
+
+    Attributes:
+        round_index: Rounds completed so far.
+        params: The global model: every floating-point parameter and buffer, float32 on the CPU, by state-dict name.
+        slots: The server optimiser's tensors, by parameter name, then slot name.
+        facts: What the strategy remembers besides; JSON values only.
+        totals: Running totals of the metrics; JSON values only.
+    """
+
+    round_index: int
+    params: Mapping[str, Tensor]
+    slots: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    totals: Mapping[str, Any] = field(default_factory=dict)

@@ -1,0 +1,107 @@
+"""What a strategy is: one method of federated training, in one class.
+
+State goes in, state comes out; nothing on a strategy changes after construction, so one object serves every rank, round
+and client. The defaults are plain federated averaging; :meth:`Strategy.plan` alone must be written.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dfed.blocks import Splitting
+from dfed.fleet import DeviceProfile
+from dfed.models import Chain
+from dfed.plan import Phase, Plan
+from dfed.region import WHOLE, Region
+from dfed.state import ServerState
+
+__all__ = ["Candidate", "Problem", "Strategy"]
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A client that might take part in a round, as a strategy sees it."""
+
+    client: int
+    round_index: int
+    num_samples: int
+    profile: DeviceProfile
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What a strategy works on. The same on every rank.
+
+    Attributes:
+        chain: The full model, without storage (meta device).
+        splitting: The chain's blocks.
+        phases: Local training as configured.
+        num_clients: Size of the fleet.
+        rounds: Rounds that the run is to take.
+        seed: The run's seed.
+        fits: ``fits(plan, budget_bytes)``: whether the planner expects the plan to run on that budget (None: unlimited).
+    """
+
+    chain: Chain
+    splitting: Splitting
+    phases: tuple[Phase, ...]
+    num_clients: int
+    rounds: int
+    seed: int
+    fits: Callable[[Plan, int | None], bool]
+
+
+class Strategy(ABC):
+    """One method of federated training.
+
+    Subclasses take their settings as keyword-only parameters of ``__init__``, after ``problem``.
+    """
+
+    def __init__(self, problem: Problem):
+        self.problem = problem
+
+    def init(self, params: Mapping[str, Tensor]) -> ServerState:
+        """The server's state before the first round. ``params``: the initial global model, float32, by name."""
+        return ServerState(round_index=0, params=params)
+
+    @abstractmethod
+    def plan(self, state: ServerState, candidate: Candidate) -> Plan | None:
+        """What this client would do in this round; None: it cannot take part."""
+
+    def region(self, name: str, shape: tuple[int, ...], plan: Plan) -> Region:
+        """The part of the global tensor ``name`` (of shape ``shape``) that the plan's client holds."""
+        return WHOLE
+
+    def build(self, plan: Plan) -> nn.Module:
+        """The sub-model of this plan, without storage (meta device); its tensors bear the global names.
+
+        A pure function of the plan. The caller gives it storage, and the values that came down.
+        """
+        return self.problem.chain.skeleton()
+
+    def receive(self, model: nn.Module, client_state: Mapping[str, Tensor], plan: Plan) -> None:
+        """Called under the client's cap when the model holds its values, before training. May prepare ``model``."""
+        return None
+
+    def loss(self, model: nn.Module, x: Tensor, y: Tensor, phase: Phase) -> Tensor:
+        """Loss (a scalar) of one mini-batch: ``x`` float32 ``(b, …)``, ``y`` int64 ``(b,)``."""
+        return F.cross_entropy(model(x), y)
+
+    def upload(self, name: str, value: Tensor, region: Region, plan: Plan) -> Tensor | None:
+        """What goes up for a tensor that the client holds: by default its value if its block is trained, else None."""
+        return value if self.problem.splitting.block_of(name) in plan.train else None
+
+    def advance(self, old: ServerState, new: ServerState, metrics: Mapping[str, Any]) -> ServerState:
+        """The state with which the next round starts. ``new`` holds the aggregated model; its round index is set."""
+        return new
+
+    def whole_plan(self, candidate: Candidate) -> Plan:
+        """The plan that holds and trains every block: full training as configured."""
+        names = self.problem.splitting.names
+        return Plan(client=candidate.client, hold=names, train=names, phases=self.problem.phases)
