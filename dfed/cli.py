@@ -74,8 +74,9 @@ def _list() -> int:
 
 def _run(words: list[str], options: argparse.Namespace) -> int:
     from dfed.config import load_config
+    from dfed.leader import execute
     from dfed.report.folder import RunFolder
-    from dfed.run import StopFlag, run
+    from dfed.run import StopFlag
 
     stop = StopFlag()
     stop.install()
@@ -100,4 +101,4 @@ def _run(words: list[str], options: argparse.Namespace) -> int:
     folder = None
     if int(os.environ.get("RANK", "0")) == 0:
         folder = RunFolder.open(out, config, resume=resume is not None)
-    return run(config, folder=folder, resume=resume is not None, stop=stop)
+    return execute(config, folder=folder, resume=resume is not None, stop=stop)

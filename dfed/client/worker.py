@@ -8,6 +8,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor
 from dfed import rng
 from dfed.client.forms import Form, Forms
 from dfed.client.settings import ClientSettings, make_optimizer
+from dfed.client.thread import TrainingThread
 from dfed.client.training import Skeleton, run_plan
 from dfed.comm import wire
 from dfed.comm.partial_sums import PartialSums, check_values
@@ -106,6 +108,7 @@ class Worker:
         self._seed, self._abandoned = seed, abandoned
         self._augment = AUGMENTATIONS[settings.augment]
         self._skeletons: dict[str, Skeleton] = {}
+        self._thread = TrainingThread(device)
         self._measured: set[str] = set()
         self._warned: set[tuple[str, int | None]] = set()
         self._sums: PartialSums | None = None
@@ -163,7 +166,7 @@ class Worker:
             skeleton = self._skeletons[plan.shape_key()] = Skeleton(self._strategy.build(plan))
         start, update = time.perf_counter(), None
         try:
-            tensors = self._train(plan, skeleton, form, task, down, report)
+            tensors = self._thread.run(partial(self._train, plan, skeleton, form, task, down, report))
             if down.per_client:
                 for name, value in tensors.items():
                     check_values(name, value, down.ranges[name])
@@ -182,6 +185,8 @@ class Worker:
         report.time_s = time.perf_counter() - start
         if report.status != "completed":
             gc.collect()
+            if report.status == "oom":
+                self._thread.replace()
             self._warn(down.round_index, report, (plan.shape_key(), task["budget_bytes"]))
         return report, update
 

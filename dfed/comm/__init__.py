@@ -1,6 +1,6 @@
 """Communication: transport, wire format, codecs, and the meter. Only this package imports ``torch.distributed``."""
 
-from dfed.comm.process_group import BackendSettings, Link, join, launched_size, local_rank
+from dfed.comm.process_group import BackendSettings, Link, choose_device, join, launched_size, local_rank
 from dfed.comm.transport import Local, ProcessGroup, Transport
 from dfed.comm.wire import Entry, Message
 
@@ -12,6 +12,7 @@ __all__ = [
     "Message",
     "ProcessGroup",
     "Transport",
+    "choose_device",
     "join",
     "launched_size",
     "local_rank",

@@ -17,7 +17,7 @@ from dfed.comm.transport import Local, ProcessGroup, Transport
 from dfed.errors import ConfigError, Fault
 from dfed.settings import Settings
 
-__all__ = ["BackendSettings", "Link", "join", "launched_size", "local_rank"]
+__all__ = ["BackendSettings", "Link", "choose_device", "join", "launched_size", "local_rank"]
 
 
 class BackendSettings(Settings):
@@ -61,13 +61,12 @@ def local_rank() -> int:
     return _environment("LOCAL_RANK", 0)
 
 
-def join(settings: BackendSettings) -> Link:
+def join(settings: BackendSettings, device: torch.device) -> Link:
     """Join the process group (collective), or stand alone where no launcher started several processes.
 
     Raises:
-        ConfigError: If the device or backend asked for is not to be had here.
+        ConfigError: If the backend asked for is not to be had here.
     """
-    device = _device(settings)
     size = launched_size()
     if size == 1:
         return Link(Local(), device, "local", "one process needs no process group")
@@ -83,7 +82,12 @@ def join(settings: BackendSettings) -> Link:
     return Link(ProcessGroup(where, liveness), device, backend, reason)
 
 
-def _device(settings: BackendSettings) -> torch.device:
+def choose_device(settings: BackendSettings) -> torch.device:
+    """Where this rank trains.
+
+    Raises:
+        ConfigError: If the device asked for is not to be had here.
+    """
     has_cuda = torch.cuda.is_available()
     if settings.device == "cuda" and not has_cuda:
         raise ConfigError([Fault("backend.device", "must be 'auto' or 'cpu' on a machine without a usable GPU, but is "

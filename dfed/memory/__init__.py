@@ -1,9 +1,10 @@
 """Memory: hard caps, measured peaks, predicted peaks."""
 
 from dfed.memory.caps import GREY_ZONE, MemoryMeter, MemorySettings, is_out_of_memory, make_cap
-from dfed.memory.predict import predict_peak
+from dfed.memory.predict import CPU_OVERHEAD_BYTES, predict_peak
 
 __all__ = [
+    "CPU_OVERHEAD_BYTES",
     "GREY_ZONE",
     "MemoryMeter",
     "MemorySettings",

@@ -10,8 +10,10 @@ The peak is measured beside the cap: allocator statistics on CUDA; on Linux the 
 where it stood at the start (pages; the kernel's own counters may lag by about 1 MiB). Outside Linux and CUDA there is no
 measurement (None).
 
-**Grey zone.** Within :data:`GREY_ZONE` of the true peak the verdict may depend on allocator layout. Configs whose results
-must be the same on any number of ranks keep every budget further away from the peaks of their plans than that.
+**Grey zone.** Close to a plan's peak the verdict may depend on what ran on the rank before. Let T be the predicted peak of
+the plan's tensors and C the library overhead (``CPU_OVERHEAD_BYTES`` on the CPU): a budget below T·(1 − GREY_ZONE) is always
+too small, one above T·(1 + GREY_ZONE) + C always enough. Configs whose results must be the same on any number of ranks keep
+their budgets out of what lies between.
 """
 
 from __future__ import annotations
@@ -32,7 +34,7 @@ from dfed.settings import Settings
 __all__ = ["GREY_ZONE", "CpuCap", "CudaCap", "MemoryMeter", "MemorySettings", "Uncapped", "is_out_of_memory", "make_cap"]
 
 GREY_ZONE = 0.10
-"""Relative distance from a plan's peak inside which a budget's verdict is not promised to be reproducible."""
+"""Relative distance from the predicted peak of a plan's tensors inside which the verdict may vary; see above."""
 
 _OOM_TEXTS = (
     "DefaultCPUAllocator",

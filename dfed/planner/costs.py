@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dfed.client import ClientSettings, Skeleton, run_plan
 from dfed.client.forms import Forms
-from dfed.memory import GREY_ZONE, predict_peak
+from dfed.memory import CPU_OVERHEAD_BYTES, GREY_ZONE, predict_peak
 from dfed.plan import Phase, Plan
 from dfed.strategies import Strategy
 
@@ -24,16 +24,27 @@ class Costs:
 
     Args:
         input_shape: Of one sample.
-        num_samples: A client's samples, as far as they bound the mini-batch (None: they do not).
+        device: What clients train on; decides the memory that libraries take beside tensors.
     """
 
-    def __init__(self, strategy: Strategy, settings: ClientSettings, forms: Forms, input_shape: tuple[int, ...]):
+    def __init__(
+        self,
+        strategy: Strategy,
+        settings: ClientSettings,
+        forms: Forms,
+        input_shape: tuple[int, ...],
+        device: torch.device,
+    ):
         self._strategy, self._settings, self._forms, self._input_shape = strategy, settings, forms, input_shape
+        self._overhead_bytes = CPU_OVERHEAD_BYTES if device.type == "cpu" else 0
         self._peaks: dict[str, int] = {}
         self._flops: dict[str, float] = {}
 
     def peak_bytes(self, plan: Plan) -> int:
-        """Predicted peak of the plan's training at its full batch size, in bytes."""
+        """Predicted peak of the plan's training at its full batch size, in bytes, libraries' overhead included."""
+        return self._tensor_peak_bytes(plan) + self._overhead_bytes
+
+    def _tensor_peak_bytes(self, plan: Plan) -> int:
         key = plan.shape_key()
         if key not in self._peaks:
             skeleton = Skeleton(self._strategy.build(plan))
@@ -42,7 +53,10 @@ class Costs:
 
     def fits(self, plan: Plan, budget_bytes: int | None) -> bool:
         """Whether the plan is expected to run on this budget, with the grey zone to spare."""
-        return budget_bytes is None or self.peak_bytes(plan) * (1 + GREY_ZONE) <= budget_bytes
+        return (
+            budget_bytes is None
+            or self._tensor_peak_bytes(plan) * (1 + GREY_ZONE) + self._overhead_bytes <= budget_bytes
+        )
 
     def flops(self, plan: Plan, num_samples: int) -> float:
         """Floating-point operations of the plan's training on ``num_samples`` samples (products and sums counted apart)."""

@@ -79,9 +79,10 @@ class Console:
 
     def finished(self, summary: Mapping[str, Any], path: Path) -> None:
         """Show the table per tier, the totals and where everything lies."""
-        table = Table(box=SIMPLE_HEAD, padding=(0, 1))
-        table.add_column("tier")
-        for heading in ("clients", "took\npart", "out of\nmemory", "budget\nMiB", "peak\nMiB", "up\nMiB", "down\nMiB", "accuracy"):
+        table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+        table.add_column("tier", no_wrap=True)
+        headings = ("clients", "took\npart", "out of\nmemory", "budget\nMiB", "peak\nMiB", "up\nMiB", "down\nMiB", "accuracy")
+        for heading in headings:
             table.add_column(heading, justify="right", no_wrap=True)
         for tier in summary["tiers"]:
             accuracy = tier["accuracy"]

@@ -1,0 +1,171 @@
+"""The server's loop over the rounds, and what the other ranks do meanwhile."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import signal
+import time
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from dfed import checkpoint, rng
+from dfed.client import Evaluation, combine
+from dfed.comm import Message, choose_device, join, wire
+from dfed.config import Config
+from dfed.errors import DfedError, RankLost
+from dfed.metrics import MetricsWriter, add_totals, empty_totals
+from dfed.models import materialise
+from dfed.report.console import Console
+from dfed.report.folder import RunFolder
+from dfed.round import lead_round, take_part
+from dfed.run import Run, StopFlag, assemble, prepare
+from dfed.state import ServerState
+
+__all__ = ["EXIT_STOPPED", "Leader", "execute", "follow"]
+
+logger = logging.getLogger(__name__)
+
+EXIT_STOPPED = 128 + signal.SIGTERM
+
+
+def execute(config: Config, *, folder: RunFolder | None, resume: bool, stop: StopFlag) -> int:
+    """Carry out a run (collective over the launcher's processes). Returns the exit status: 0, or 143 after SIGTERM.
+
+    Args:
+        folder: Where the server writes; None on other ranks.
+        resume: Whether to go on from the folder's newest checkpoint.
+
+    Raises:
+        DfedError: If the run cannot be carried out.
+    """
+    start = time.perf_counter()
+    prepared = prepare(config, choose_device(config.backend))
+    link = join(config.backend, prepared.device)
+    try:
+        run = assemble(prepared, link, stop)
+        if not link.transport.is_server:
+            return follow(run)
+        assert folder is not None, "the server needs a run folder"
+        return Leader(run, folder, resume=resume, start=start).lead()
+    finally:
+        gc.unfreeze()
+        link.transport.close()
+
+
+class Leader:
+    """The server's side of a run: rounds, evaluation, metrics, checkpoints, summary.
+
+    Args:
+        folder: Where everything is written.
+        resume: Whether to go on from the folder's newest checkpoint.
+        start: ``time.perf_counter()`` when the run began.
+    """
+
+    def __init__(self, run: Run, folder: RunFolder, *, resume: bool, start: float):
+        self._run, self._folder, self._config = run, folder, run.config
+        self.state = self._first_state(resume)
+        self._saved, self._stopped = self.state.round_index, False
+        self._evaluation: Evaluation | None = None
+        self._console = Console(run.config, run.job, run.link)
+        self._console.started(folder.path, self.state.round_index, time.perf_counter() - start)
+        folder.write_environment(run.link, run.config)
+        self._writer = MetricsWriter(
+            folder.path, next_round=self.state.round_index, tensorboard=run.config.metrics.tensorboard
+        )
+
+    def lead(self) -> int:
+        """All remaining rounds (collective). Returns the exit status: 0, or 143 if it was asked to stop.
+
+        Raises:
+            DfedError: If the run cannot go on. The rounds that were completed are on disk.
+        """
+        try:
+            while self.state.round_index < self._config.rounds and not self._stopped:
+                self.round()
+            self._evaluation = self._evaluation or self._evaluate()
+            self._run.transport.broadcast(_stop_message(self._stopped))
+        except DfedError as error:
+            if self.state.round_index > self._saved:
+                self._save()
+            if not isinstance(error, RankLost):
+                self._run.transport.broadcast(_stop_message(False))
+            raise
+        finally:
+            self._writer.close()
+            self._console.close()
+        summary = self._folder.write_summary(
+            self._config, self._run.job, self.state, self._evaluation, self._stopped
+        )
+        self._console.finished(summary, self._folder.path)
+        return EXIT_STOPPED if self._stopped else 0
+
+    def round(self) -> None:
+        """One round with all that belongs to it: evaluation, metrics and checkpoint when they are due (collective)."""
+        config = self._config
+        result = lead_round(self._run.job, self.state)
+        done, self._stopped, self._evaluation = result.state.round_index, result.stop_requested, None
+        last = self._stopped or done == config.rounds
+        if done % config.metrics.every == 0 or last:
+            begun = time.perf_counter()
+            self._evaluation = self._evaluate(result.state)
+            result.row.update(
+                accuracy=self._evaluation.accuracy, loss=self._evaluation.loss, evaluation_s=time.perf_counter() - begun
+            )
+        self.state = replace(result.state, totals=add_totals(result.state.totals, result.row, result.clients))
+        self._writer.write(result.row, result.clients)
+        self._console.round_done(result.row)
+        if done % config.checkpoint.every == 0 or last:
+            self._save()
+
+    def _save(self) -> None:
+        settings = self._config.checkpoint
+        checkpoint.save(self._folder.checkpoints, self.state, self._config.fingerprint(), settings.keep)
+        self._saved = self.state.round_index
+
+    def _first_state(self, resume: bool) -> ServerState:
+        run = self._run
+        if resume:
+            state = checkpoint.latest(self._folder.checkpoints, run.config.fingerprint())
+            if state is not None:
+                return state
+            logger.warning("%s holds no checkpoint yet: starting from round 0", self._folder.path)
+        chain = materialise(run.chain.skeleton(), rng.torch_generator(run.config.seed, "init"))
+        params = {name: value.detach() for name, value in chain.state_dict().items() if name in run.job.shapes}
+        return replace(run.job.strategy.init(params), totals=empty_totals(run.job.fleet.tier_names))
+
+    def _evaluate(self, state: ServerState | None = None) -> Evaluation:
+        """Evaluate the global model on all ranks (collective)."""
+        state, job = state or self.state, self._run.job
+        entries, body_bytes = wire.layout(job.shapes, job.strategy.problem.splitting.block_of, lambda block: "fp32")
+        body = torch.zeros(body_bytes, dtype=torch.uint8)
+        message = wire.encode("evaluate", {"round": state.round_index}, entries, state.params, body)
+        shards = _evaluate_shard(self._run, self._run.transport.broadcast(message))
+        assert shards is not None, "the server gathers"
+        return combine(shards)
+
+
+def follow(run: Run) -> int:
+    """A client rank: do what the server's messages say until one says stop (collective). Returns the exit status."""
+    while True:
+        order = run.transport.broadcast(None)
+        if order.kind == "round":
+            take_part(run.job, order)
+        elif order.kind == "evaluate":
+            _evaluate_shard(run, order)
+        else:
+            return EXIT_STOPPED if order.meta["stopped"] else 0
+
+
+def _evaluate_shard(run: Run, order: Message) -> list[Any] | None:
+    """This rank's share of an evaluation; on the server everybody's."""
+    transport = run.transport
+    batches = run.evaluator.run(wire.decode(order), transport.rank, transport.size)
+    parts = transport.gather({"batches": batches})
+    return None if parts is None else [part["batches"] for part in parts]
+
+
+def _stop_message(stopped: bool) -> Message:
+    return Message("stop", {"stopped": stopped}, (), torch.empty(0, dtype=torch.uint8))
