@@ -90,11 +90,13 @@ def run_dfed(folder: Path) -> None:
     run = assemble(prepared, link, StopFlag())
     if not link.transport.is_server:
         follow(run)
+        link.transport.close()
         return
     leader = Leader(run, RunFolder.open(folder / "run", config, resume=False), resume=False, start=start)
     serve_turns(0, leader.round)
     print(f"dfed: ready after {time.perf_counter() - start:.0f} s in all", file=sys.stderr)
-    link.transport.broadcast(__import__("dfed.leader", fromlist=["_stop_message"])._stop_message(False))
+    leader.dismiss()
+    link.transport.close()
 
 
 def run_bare(folder: Path) -> None:
@@ -166,7 +168,7 @@ def coordinate(rounds: int, warm_up: int) -> None:
         pixels, labels = arrays()
         np.save(folder / "images.npy", pixels)
         np.save(folder / "labels.npy", labels)
-        port, processes, streams, ready = server.getsockname()[1], [], {}, {}
+        port, processes, connections, streams, ready = server.getsockname()[1], [], [], {}, {}
         for job, ranks in JOBS.items():
             environment = {**os.environ, "OVERHEAD_PORT": str(port), "OVERHEAD_JOB": job, "OVERHEAD_DATA": name,
                            "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent)}
@@ -177,6 +179,7 @@ def coordinate(rounds: int, warm_up: int) -> None:
                  "--job", job, "--folder", name], env=environment, stdout=subprocess.DEVNULL,
             ))
             connection, _ = server.accept()
+            connections.append(connection)
             stream = connection.makefile("rw")
             streams[stream.readline().strip()] = stream
             ready[job] = time.perf_counter() - begun
@@ -187,8 +190,8 @@ def coordinate(rounds: int, warm_up: int) -> None:
                 seconds = float(stream.readline())
                 if turn >= warm_up:
                     times[job].append(seconds)
-        for stream in streams.values():
-            stream.buffer.raw._sock.shutdown(socket.SHUT_WR)  # noqa: SLF001 - the job sees the end of its turns
+        for connection in connections:
+            connection.shutdown(socket.SHUT_WR)  # the job sees the end of its turns
         for process in processes:
             process.wait(timeout=60)
     report(times, ready)

@@ -1,8 +1,8 @@
 """Checkpoints: the server's state on disk. safetensors and JSON, written atomically, checked when read.
 
 A checkpoint is a folder ``round_000042`` with ``state.json`` and ``state.safetensors``. It is written under a temporary
-name, flushed to disk, and renamed; the JSON holds the SHA-256 of the tensors, so that one cut short is recognised and the
-one before it is taken.
+name, flushed to disk, and renamed; the JSON holds the SHA-256 of the tensors and of itself, so that one cut short or changed
+is recognised and the one before it is taken.
 """
 
 from __future__ import annotations
@@ -59,6 +59,8 @@ def params_sha256(params: Mapping[str, Tensor]) -> str:
 def save(folder: Path, state: ServerState, fingerprint: str, keep: int) -> Path:
     """Write ``state`` into ``folder`` (made if need be), then remove all but the newest ``keep`` checkpoints.
 
+    Checkpoints of later rounds go too: the run was resumed before them, so they were damaged.
+
     Args:
         fingerprint: Identifies the configuration; a checkpoint is only read back under the same one.
 
@@ -66,10 +68,11 @@ def save(folder: Path, state: ServerState, fingerprint: str, keep: int) -> Path:
         CheckpointError: If the disk refuses it; what was written before is left as it is.
     """
     name = f"round_{state.round_index:06d}"
-    partial = folder / f".{name}.partial"
+    partial, replaced = folder / f".{name}.partial", folder / f".{name}.replaced"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(partial, ignore_errors=True)
+        for stale in (*folder.glob(".round_*.partial"), *folder.glob(".round_*.replaced")):
+            shutil.rmtree(stale, ignore_errors=True)
         partial.mkdir()
         tensors = {f"params/{key}": value.contiguous() for key, value in state.params.items()}
         for key, slots in state.slots.items():
@@ -83,20 +86,34 @@ def save(folder: Path, state: ServerState, fingerprint: str, keep: int) -> Path:
             "totals": state.totals,
             "tensors_sha256": _file_sha256(partial / "state.safetensors"),
         }
+        header["sha256"] = _header_sha256(header)
         (partial / "state.json").write_text(json.dumps(header, indent=1), encoding="utf-8")
         for path in (partial / "state.safetensors", partial / "state.json", partial):
             _flush(path)
         target = folder / name
         if target.exists():
-            shutil.rmtree(target)
+            target.rename(replaced)
         partial.rename(target)
         _flush(folder)
     except (OSError, SafetensorError) as error:
+        if replaced.exists() and not (folder / name).exists():
+            replaced.rename(folder / name)
         shutil.rmtree(partial, ignore_errors=True)
         raise CheckpointError(f"cannot write a checkpoint to {folder}: {error}") from error
-    for old in _numbered(folder)[keep:]:
-        shutil.rmtree(old)
+    shutil.rmtree(replaced, ignore_errors=True)
+    _prune(folder, state.round_index, keep)
     return folder / name
+
+
+def _prune(folder: Path, newest: int, keep: int) -> None:
+    numbered = _numbered(folder)
+    kept = [path for round_index, path in numbered if round_index <= newest][:keep]
+    for _, path in numbered:
+        if path not in kept:
+            try:
+                shutil.rmtree(path)
+            except OSError as error:
+                logger.warning("checkpoint %s should go, but cannot be removed: %s", path, error)
 
 
 def latest(folder: Path, fingerprint: str) -> ServerState | None:
@@ -105,9 +122,8 @@ def latest(folder: Path, fingerprint: str) -> ServerState | None:
     Raises:
         CheckpointError: If there are checkpoints and none is whole, or the newest whole one is of another configuration.
     """
-    found = _numbered(folder)
     problems = []
-    for path in found:
+    for _, path in _numbered(folder):
         try:
             return _read(path, fingerprint)
         except _Damaged as error:
@@ -125,11 +141,13 @@ class _Damaged(Exception):
 def _read(path: Path, fingerprint: str) -> ServerState:
     try:
         header: dict[str, Any] = json.loads((path / "state.json").read_text(encoding="utf-8"))
+        if header["format"] != _FORMAT:
+            raise CheckpointError(f"{path} must have format {_FORMAT}, but has {header['format']}.")
+        if header.pop("sha256") != _header_sha256(header):
+            raise _Damaged("the checksum of state.json differs")
         if _file_sha256(path / "state.safetensors") != header["tensors_sha256"]:
             raise _Damaged("the tensors' checksum differs")
         tensors = load_file(path / "state.safetensors")
-        if header["format"] != _FORMAT:
-            raise CheckpointError(f"{path} must have format {_FORMAT}, but has {header['format']}.")
         saved, round_index, facts, totals = (header[key] for key in ("fingerprint", "round_index", "facts", "totals"))
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise _Damaged(f"{type(error).__name__}: {error}") from error
@@ -147,12 +165,18 @@ def _read(path: Path, fingerprint: str) -> ServerState:
     return ServerState(round_index=round_index, params=params, slots=slots, facts=facts, totals=totals)
 
 
-def _numbered(folder: Path) -> list[Path]:
-    """Checkpoint folders, newest first."""
+def _numbered(folder: Path) -> list[tuple[int, Path]]:
+    """Checkpoint folders with their rounds, newest first."""
     if not folder.is_dir():
         return []
     found = [(int(match.group(1)), path) for path in folder.iterdir() if (match := _NAME.fullmatch(path.name))]
-    return [path for _, path in sorted(found, reverse=True)]
+    return sorted(found, reverse=True)
+
+
+def _header_sha256(header: Mapping[str, Any]) -> str:
+    """SHA-256 of a header, before and after its trip through the file."""
+    plain = json.loads(json.dumps(header))  # makes text of whole-number keys, which would sort otherwise
+    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
 
 
 def _file_sha256(path: Path) -> str:

@@ -6,35 +6,27 @@ are found before any is reported.
 
 from __future__ import annotations
 
+import copy
 import hashlib
+import inspect
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationError, create_model
+from pydantic import Field, PydanticUserError, ValidationError
 
 from dfed.checkpoint import CheckpointSettings
 from dfed.client import ClientSettings
 from dfed.comm import BackendSettings
 from dfed.data import DATASET_GIVEN, PARTITIONER_GIVEN
 from dfed.errors import ConfigError, Fault
-from dfed.faults import faults_of
+from dfed.faults import faults_of, shown, unknown_setting, unusable_numbers
 from dfed.fleet import FleetSettings
 from dfed.memory import MemorySettings
 from dfed.metrics import MetricsSettings
-from dfed.registry import (
-    DATASETS,
-    MODELS,
-    PARTITIONERS,
-    SAMPLERS,
-    SERVER_OPTIMIZERS,
-    STRATEGIES,
-    Registry,
-    UnknownName,
-    nearest,
-)
+from dfed.registry import DATASETS, MODELS, PARTITIONERS, SAMPLERS, SERVER_OPTIMIZERS, STRATEGIES, Registry, UnknownName
 from dfed.settings import Settings, settings_of
 from dfed.yaml_io import apply_override, read_yaml
 
@@ -116,7 +108,6 @@ class Config:
 
     def to_dict(self) -> dict[str, Any]:
         """The resolved config as plain values; loading it again gives an equal config."""
-        fleet = self.fleet.model_dump(exclude_none=True)
         return {
             "seed": self.seed,
             "rounds": self.rounds,
@@ -124,8 +115,8 @@ class Config:
             "strategy": self.strategy.to_dict(),
             "model": self.model.to_dict(),
             "data": {**self.data.model_dump(), **self.dataset_options, "partition": self.partition.to_dict()},
-            "fleet": fleet,
-            "client": self.client.model_dump(exclude_unset=True),
+            "fleet": self.fleet.model_dump(exclude_none=True),
+            "client": _client_values(self.client),
             "server": {**self.server.model_dump(), "optimizer": self.server_optimizer.to_dict()},
             "sampler": self.sampler.to_dict(),
             "exchange": self.exchange,
@@ -138,17 +129,35 @@ class Config:
     def fingerprint(self) -> str:
         """Hash of what decides the trained bits: a checkpoint is only continued under the same one.
 
-        Not part of it: where data lie, how ranks talk, what is measured and saved, and the number of rounds, which may be
-        extended unless the learning rate follows it.
+        Not part of it: where data lie, how ranks talk, what is measured and saved, how many failures end the run, and the
+        number of rounds, which may be extended unless the learning rate follows it.
         """
         value = self.to_dict()
         for name in ("backend", "metrics", "checkpoint", "exchange"):
             del value[name]
         for name in ("root", "cache", "download"):
             del value["data"][name]
+        del value["server"]["max_failed_fraction"]
+        value["threads"] = self.backend.threads  # sums inside kernels depend on how they are shared out
         if self.client.schedule.name != "cosine":
             del value["rounds"]
         return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def _client_values(settings: ClientSettings) -> dict[str, Any]:
+    """All settings of local training, but those that a config may not give because the optimiser has no use for them."""
+    return {
+        name: value for name, value in settings.model_dump().items()
+        if name in settings.model_fields_set or _is_valid(ClientSettings, {"optimizer": settings.optimizer, name: value})
+    }
+
+
+def _is_valid(model: type[Settings], value: Mapping[str, Any]) -> bool:
+    try:
+        model.model_validate(value)
+    except ValidationError:
+        return False
+    return True
 
 
 _GROUPS: dict[str, type[Settings]] = {
@@ -160,7 +169,7 @@ _GROUPS: dict[str, type[Settings]] = {
     "checkpoint": CheckpointSettings,
 }
 _CHOICES: dict[str, tuple[Registry, tuple[str, ...], str | None]] = {
-    "strategy": (STRATEGIES, (), "fedavg"),
+    "strategy": (STRATEGIES, ("problem",), "fedavg"),
     "model": (MODELS, ("input_shape", "num_classes"), None),
     "sampler": (SAMPLERS, (), "uniform"),
 }
@@ -173,7 +182,7 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = (), base: Ma
     Raises:
         ConfigError: With all faults there are.
     """
-    raw = dict(base) if base is not None else read_yaml(path) if path is not None else {}
+    raw = copy.deepcopy(dict(base)) if base is not None else read_yaml(path) if path is not None else {}
     faults: list[Fault] = []
     for override in overrides:
         apply_override(raw, override, faults)
@@ -183,8 +192,7 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = (), base: Ma
 def _validate(raw: Mapping[str, Any], faults: list[Fault]) -> Config:
     for key in raw:
         if key not in _TOP_LEVEL:
-            hint = nearest(str(key), _TOP_LEVEL)
-            faults.append(Fault(str(key), f"is not a setting; known here: {', '.join(_TOP_LEVEL)}.{hint}"))
+            faults.append(Fault(str(key), unknown_setting(str(key), _TOP_LEVEL)))
     parts: dict[str, Any] = {}
     top = _check(_Top, {key: raw[key] for key in _Top.model_fields if key in raw}, "", faults)
     for name, model in _GROUPS.items():
@@ -194,58 +202,62 @@ def _validate(raw: Mapping[str, Any], faults: list[Fault]) -> Config:
         parts[name] = _choose(raw.get(name, default), name, registry, given, faults)
     _data_parts(raw.get("data", {}), parts, faults)
     _server_parts(raw.get("server", {}), parts, faults)
-    _cross_check(top, parts, faults)
+    _cross_check(raw, faults)
+    noted = {fault.field for fault in faults}
+    faults.extend(fault for fault in unusable_numbers(raw, "") if fault.field not in noted)
     if faults:
         raise ConfigError(faults)
     return Config(seed=top.seed, rounds=top.rounds, cohort=top.cohort, exchange=top.exchange, **parts)
 
 
-def _check(model: type[Settings], value: Any, prefix: str, faults: list[Fault]) -> Any:
+def _check(model: type[Settings], value: Any, prefix: str, faults: list[Fault], siblings: Sequence[str] = ()) -> Any:
     """The validated settings, or None with the faults noted."""
     if not isinstance(value, Mapping):
-        faults.append(Fault(prefix, f"must be a group of settings, but is {value!r:.60}."))
+        faults.append(Fault(prefix, f"must be a group of settings, but is {shown(value)}."))
         return None
     try:
         return model.model_validate(value)
     except ValidationError as error:
-        faults.extend(faults_of(error, prefix, model))
+        faults.extend(faults_of(error, prefix, model, siblings))
         return None
 
 
-def _choose(value: Any, field: str, registry: Registry, given: Iterable[str], faults: list[Fault]) -> Choice | None:
+def _choose(value: Any, field: str, registry: Registry, given: Sequence[str], faults: list[Fault]) -> Choice | None:
     """``name`` or ``{name: …, option: …}`` as a complete choice."""
     if value is None:
-        faults.append(Fault(field, f"must be given: one of {', '.join(registry)}."))
+        faults.append(Fault(field, f"must be one of {', '.join(registry)}, but is not given."))
         return None
     value = {"name": value} if isinstance(value, str) else value
     if not isinstance(value, Mapping) or not isinstance(value.get("name"), str):
-        faults.append(Fault(field, f"must be a name, or a group of settings with a `name`, but is {value!r:.60}."))
+        faults.append(Fault(field, f"must be a name, or a group of settings with a `name`, but is {shown(value)}."))
         return None
     options = {key: option for key, option in value.items() if key != "name"}
     chosen = _options(value["name"], f"{field}.name" if len(value) > 1 else field, registry, given, options, field, faults)
     return None if chosen is None else Choice(value["name"], chosen)
 
 
-def _options(name: str, name_field: str, registry: Registry, given: Iterable[str], options: Mapping[str, Any], prefix: str,
-             faults: list[Fault]) -> dict[str, Any] | None:
+def _options(name: str, name_field: str, registry: Registry, given: Sequence[str], options: Mapping[str, Any], prefix: str,
+             faults: list[Fault], siblings: Sequence[str] = ()) -> dict[str, Any] | None:
     try:
         function: Callable[..., Any] = registry.get(name)
     except UnknownName as error:
         faults.append(Fault(name_field, str(error)))
         return None
     try:
-        model = settings_of(function, tuple(given))
-    except (TypeError, NameError) as error:
-        faults.append(Fault(name_field, f"must have settings that can be read, but has not: {error}."))
+        inspect.signature(function).bind_partial(**dict.fromkeys(given))
+        model = settings_of(function, given)
+    except (TypeError, ValueError, NameError, PydanticUserError) as error:
+        why = str(error).partition("\n")[0].rstrip(".")
+        faults.append(Fault(name_field, f"must name a {registry.kind} that can be used, but is '{name}', which cannot: {why}."))
         return None
-    checked = _check(model, options, prefix, faults)
+    checked = _check(model, options, prefix, faults, siblings)
     return None if checked is None else checked.model_dump()
 
 
 def _data_parts(raw: Any, parts: dict[str, Any], faults: list[Fault]) -> None:
     parts["data"] = parts["dataset_options"] = parts["partition"] = None
     if not isinstance(raw, Mapping):
-        faults.append(Fault("data", f"must be a group of settings with a `dataset`, but is {raw!r:.60}."))
+        faults.append(Fault("data", f"must be a group of settings with a `dataset`, but is {shown(raw)}."))
         return
     own = {key: value for key, value in raw.items() if key in DataSettings.model_fields}
     options = {key: value for key, value in raw.items() if key not in own and key != "partition"}
@@ -253,34 +265,31 @@ def _data_parts(raw: Any, parts: dict[str, Any], faults: list[Fault]) -> None:
     parts["partition"] = _choose(raw.get("partition", "iid"), "data.partition", PARTITIONERS, PARTITIONER_GIVEN, faults)
     if not isinstance(own.get("dataset"), str):
         return
-    found: list[Fault] = []
-    parts["dataset_options"] = _options(own["dataset"], "data.dataset", DATASETS, DATASET_GIVEN, options, "data", found)
     # To a user, the data set's options and the section's own stand in one list.
-    known = sorted([*DataSettings.model_fields, "partition"])
-    faults.extend(
-        Fault(fault.field, fault.message.replace("known here: ", f"known here: {', '.join(known)}, ")
-              + ("" if "Did you mean" in fault.message else nearest(fault.field.rpartition(".")[2], known)))
-        if "is not a setting" in fault.message else fault
-        for fault in found
-    )
+    parts["dataset_options"] = _options(own["dataset"], "data.dataset", DATASETS, DATASET_GIVEN, options, "data", faults,
+                                        siblings=sorted([*DataSettings.model_fields, "partition"]))
 
 
 def _server_parts(raw: Any, parts: dict[str, Any], faults: list[Fault]) -> None:
     parts["server"] = parts["server_optimizer"] = None
     if not isinstance(raw, Mapping):
-        faults.append(Fault("server", f"must be a group of settings, but is {raw!r:.60}."))
+        faults.append(Fault("server", f"must be a group of settings, but is {shown(raw)}."))
         return
-    model = create_model("ServerWithOptimizer", __base__=ServerSettings, optimizer=(Any, "sgd"))
-    if _check(model, raw, "server", faults) is not None:
-        own = {key: value for key, value in raw.items() if key != "optimizer"}
-        parts["server"] = _check(ServerSettings, own, "server", faults)
+    own = {key: value for key, value in raw.items() if key != "optimizer"}
+    parts["server"] = _check(ServerSettings, own, "server", faults, siblings=["optimizer"])
     parts["server_optimizer"] = _choose(raw.get("optimizer", "sgd"), "server.optimizer", SERVER_OPTIMIZERS, (), faults)
 
 
-def _cross_check(top: Any, parts: Mapping[str, Any], faults: list[Fault]) -> None:
-    fleet, data, metrics = parts["fleet"], parts["data"], parts["metrics"]
-    if top is not None and fleet is not None and fleet.clients is not None and top.cohort > fleet.clients:
-        faults.append(Fault("cohort", f"must be at most `fleet.clients` ({fleet.clients}), but is {top.cohort}."))
-    if metrics is not None and data is not None and metrics.split == "validation" and data.validation_fraction == 0:
+def _cross_check(raw: Mapping[str, Any], faults: list[Fault]) -> None:
+    """Combinations that cannot be; read from the raw config, so that another fault beside them hides none."""
+    cohort, clients = raw.get("cohort"), _within(raw, "fleet", "clients")
+    if type(cohort) is int and type(clients) is int and cohort > clients >= 1:
+        faults.append(Fault("cohort", f"must be at most `fleet.clients` ({clients}), but is {shown(cohort)}."))
+    if _within(raw, "metrics", "split") == "validation" and _within(raw, "data", "validation_fraction") in (None, 0):
         message = "must be 'test' unless `data.validation_fraction` is above 0, but is 'validation'."
         faults.append(Fault("metrics.split", message))
+
+
+def _within(raw: Mapping[str, Any], group: str, name: str) -> Any:
+    settings = raw.get(group)
+    return settings.get(name) if isinstance(settings, Mapping) else None

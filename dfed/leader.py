@@ -86,12 +86,12 @@ class Leader:
             while self.state.round_index < self._config.rounds and not self._stopped:
                 self.round()
             self._evaluation = self._evaluation or self._evaluate()
-            self._run.transport.broadcast(_stop_message(self._stopped))
+            self.dismiss()
         except DfedError as error:
             if self.state.round_index > self._saved:
                 self._save()
             if not isinstance(error, RankLost):
-                self._run.transport.broadcast(_stop_message(False))
+                self.dismiss()
             raise
         finally:
             self._writer.close()
@@ -101,6 +101,10 @@ class Leader:
         )
         self._console.finished(summary, self._folder.path)
         return EXIT_STOPPED if self._stopped else 0
+
+    def dismiss(self) -> None:
+        """Let the other ranks go (collective: they return from :func:`follow`)."""
+        self._run.transport.broadcast(Message("stop", {"stopped": self._stopped}, (), torch.empty(0, dtype=torch.uint8)))
 
     def round(self) -> None:
         """One round with all that belongs to it: evaluation, metrics and checkpoint when they are due (collective)."""
@@ -165,7 +169,3 @@ def _evaluate_shard(run: Run, order: Message) -> list[Any] | None:
     batches = run.evaluator.run(wire.decode(order), transport.rank, transport.size)
     parts = transport.gather({"batches": batches})
     return None if parts is None else [part["batches"] for part in parts]
-
-
-def _stop_message(stopped: bool) -> Message:
-    return Message("stop", {"stopped": stopped}, (), torch.empty(0, dtype=torch.uint8))

@@ -91,14 +91,16 @@ class MetricsWriter:
         if not self._path.exists():
             return
         kept = []
-        for line in self._path.read_text(encoding="utf-8").splitlines():
+        for line in self._path.read_text(encoding="utf-8", errors="replace").splitlines():
             try:
                 row = json.loads(line)
             except json.JSONDecodeError:
                 continue  # a line that was being written when the run was killed
-            if row["round"] < next_round:
+            if isinstance(row, dict) and row.get("round", next_round) < next_round:
                 kept.append(line + "\n")
-        self._path.write_text("".join(kept), encoding="utf-8")
+        partial = self._path.with_name(f".{self._path.name}.partial")
+        partial.write_text("".join(kept), encoding="utf-8")
+        partial.replace(self._path)
 
     def write(self, row: Mapping[str, Any], clients: Sequence[Mapping[str, Any]]) -> None:
         """Write a round's row and its clients' rows, and flush."""
@@ -132,6 +134,6 @@ def _finite(value: Any) -> Any:
     """JSON has no NaN and no infinity: they become null."""
     if isinstance(value, Mapping):
         return {key: _finite(part) for key, part in value.items()}
-    if isinstance(value, list):
+    if isinstance(value, (list, tuple)):
         return [_finite(part) for part in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value

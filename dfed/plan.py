@@ -6,6 +6,7 @@ import dataclasses
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 __all__ = ["Phase", "Plan"]
@@ -89,6 +90,10 @@ class Plan:
 
     def shape_key(self) -> str:
         """Text that is equal for plans that build the same sub-model and train it the same way, whoever the client."""
+        return self._shape_key
+
+    @cached_property
+    def _shape_key(self) -> str:
         value = self.to_json()
         del value["client"]
         return json.dumps(value, sort_keys=True)

@@ -91,9 +91,12 @@ class Index(Region):
             raise ValueError(f"a region of {len(self.indices)} dimensions does not fit a tensor of shape {tuple(full)}.")
         sizes = []
         for chosen, size in zip(self.indices, full, strict=False):
-            if chosen is not None and (len(set(chosen)) != len(chosen) or min(chosen) < 0 or max(chosen) >= size):
-                raise ValueError(f"region indices must be distinct and less than {size}, but are {chosen}.")
-            sizes.append(size if chosen is None else len(chosen))
+            if chosen is None:
+                sizes.append(size)
+                continue
+            if not chosen or len(set(chosen)) != len(chosen) or min(chosen) < 0 or max(chosen) >= size:
+                raise ValueError(f"region indices must be distinct, 0 … {size - 1}, and at least one, but are {chosen}.")
+            sizes.append(len(chosen))
         return (*sizes, *full[len(self.indices):])
 
     def add_(self, target: Tensor, value: Tensor | float) -> None:

@@ -51,7 +51,8 @@ class Registry:
         """The object called ``name``. A name ``package.module:attribute`` is imported as it stands.
 
         Raises:
-            UnknownName: If there is no such name; the message lists the known ones and the nearest.
+            UnknownName: If there is no such name, or it cannot be imported; the message lists the known names and the
+                nearest, or says why.
         """
         target = self._table.get(name)
         if target is None:
@@ -61,10 +62,13 @@ class Registry:
                 raise UnknownName(f"must be one of {allowed}, but is '{name}'.{nearest(name, known)}")
             target = name
         module_name, _, attribute = target.partition(":")
+        if not all(part.isidentifier() for part in [*module_name.split("."), attribute]):
+            raise UnknownName(f"must be a known name, or have the form package.module:attribute, but is '{target}'.")
         try:
             return getattr(importlib.import_module(module_name), attribute)
-        except (ImportError, AttributeError) as error:
-            raise UnknownName(f"must name a {self.kind} that can be imported, but '{target}' cannot: {error}.") from error
+        except Exception as error:  # a user's module may raise anything while it is imported
+            why = str(error) if isinstance(error, (ImportError, AttributeError)) else f"{type(error).__name__}: {error}"
+            raise UnknownName(f"must name a {self.kind} that can be imported, but '{target}' cannot: {why}.") from error
 
     def summary(self, name: str) -> str:
         """First line of the object's docstring."""

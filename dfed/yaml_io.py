@@ -1,4 +1,4 @@
-"""YAML as configs use it: safe, no key twice, ``1e-3`` a number; and ``key.sub=value`` overrides."""
+"""YAML as configs use it: safe, no key twice, ``1e-3`` a number, ``off`` a word; and ``key.sub=value`` overrides."""
 
 from __future__ import annotations
 
@@ -9,22 +9,44 @@ from typing import Any
 import yaml
 
 from dfed.errors import ConfigError, Fault
+from dfed.faults import shown
 
 __all__ = ["apply_override", "read_yaml"]
 
+_NUMBERS_AND_WORDS = {
+    "bool": (r"true|True|TRUE|false|False|FALSE", "tTfF"),
+    "int": (r"[-+]?(?:0|[1-9][0-9_]*)", "-+0123456789"),
+    "float": (
+        r"[-+]?(?:(?:[0-9][0-9_]*\.[0-9_]*|\.[0-9][0-9_]*)(?:[eE][-+]?[0-9]+)?|[0-9][0-9_]*[eE][-+]?[0-9]+|\.(?:inf|Inf|INF))"
+        r"|\.(?:nan|NaN|NAN)",
+        "-+.0123456789",
+    ),
+}
+_REPLACED = [f"tag:yaml.org,2002:{kind}" for kind in (*_NUMBERS_AND_WORDS, "timestamp")]
+_MERGE = "tag:yaml.org,2002:merge"
+
 
 class _Loader(yaml.SafeLoader):
-    """Safe YAML in which ``1e-3`` is a number, and a key given twice is an error."""
+    """Safe YAML in which a key given twice is an error, and bare scalars are what they look like.
+
+    PyYAML follows YAML 1.1, where ``off`` is false, ``010`` is eight, ``1:30`` is ninety and ``1e-3`` is text.
+    """
+
+    yaml_implicit_resolvers = {
+        first: [(tag, pattern) for tag, pattern in resolvers if tag not in _REPLACED]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
 
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(?:[0-9][0-9_]*)(?:\.[0-9_]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
-)
+for _kind, (_pattern, _first) in _NUMBERS_AND_WORDS.items():
+    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_kind}", re.compile(rf"^(?:{_pattern})$"), list(_first))
 
 
 def _unique_mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
     seen = set()
     for key_node, _ in node.value:
+        if key_node.tag == _MERGE:
+            continue
         key = loader.construct_object(key_node, deep=True)
         if key in seen:
             raise yaml.constructor.ConstructorError(None, None, f"the key '{key}' is there twice", key_node.start_mark)
@@ -36,11 +58,38 @@ _Loader.add_constructor("tag:yaml.org,2002:map", _unique_mapping)
 
 
 def _parse(text: str) -> Any:
-    loader = _Loader(text)
+    """The value of a YAML text.
+
+    Raises:
+        yaml.YAMLError: If it is none.
+    """
+    loader = None
     try:
-        return loader.get_single_data()
+        loader = _Loader(text)
+        return _unshared(loader.get_single_data())
+    except yaml.YAMLError:
+        raise
+    except Exception as error:  # PyYAML lets pass what its constructors stumble over: int(''), unhashable keys, recursion
+        raise yaml.YAMLError(f"{type(error).__name__}: {error}") from error
     finally:
-        loader.dispose()
+        if loader is not None:
+            loader.dispose()
+
+
+def _unshared(value: Any) -> Any:
+    """The same value with every ``*alias`` a copy, so that an override of one place changes no other."""
+    if isinstance(value, dict):
+        return {key: _unshared(part) for key, part in value.items()}
+    return [_unshared(part) for part in value] if isinstance(value, list) else value
+
+
+def _why(error: Exception) -> str:
+    """A parser's complaint on one line."""
+    if not isinstance(error, yaml.MarkedYAMLError):
+        return " ".join(str(error).split())
+    mark = error.problem_mark
+    where = f" (line {mark.line + 1}, column {mark.column + 1})" if mark is not None else ""
+    return f"{error.problem}{where}"
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
@@ -50,45 +99,53 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         ConfigError: If the file cannot be read, is no YAML, or holds no mapping.
     """
     try:
-        value = _parse(Path(path).read_text(encoding="utf-8"))
+        value = _parse(Path(path).read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise ConfigError([Fault(str(path), f"must be a readable file, but is not: {error.strerror}.")]) from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError([Fault(str(path), f"must be YAML, but is not: {error}")]) from error
+        raise ConfigError([Fault(str(path), f"must be YAML, but is not: {_why(error)}.")]) from error
     if not isinstance(value, dict):
-        raise ConfigError([Fault(str(path), f"must hold a mapping of settings, but holds {value!r:.60}.")])
+        raise ConfigError([Fault(str(path), f"must hold a mapping of settings, but holds {shown(value)}.")])
     return value
 
 
 def apply_override(raw: dict[str, Any], override: str, faults: list[Fault]) -> None:
-    """Set one ``key.sub=value``, making groups as needed; a name given as text becomes a group with that ``name``."""
+    """Set one ``key.sub=value``, making groups as needed; a name given as text becomes a group with that ``name``.
+
+    An entry of a list is ``key.0.sub`` or, as faults write it, ``key[0].sub``.
+    """
     path, separator, text = override.partition("=")
-    if not separator or not path:
+    *groups, last = re.sub(r"\[([0-9]+)\]", r".\1", path).split(".")
+    if not separator or not all((*groups, last)):
         faults.append(Fault(override, "must have the form key.sub=value."))
         return
     try:
         value = _parse(text)
     except yaml.YAMLError as error:
-        faults.append(Fault(path, f"must be a YAML value, but is '{text}': {error}"))
+        faults.append(Fault(path, f"must be a YAML value, but is {shown(text)}: {_why(error)}."))
         return
     target: Any = raw
-    *groups, last = path.split(".")
     for group in groups:
         target = _enter(target, group)
         if target is None:
             faults.append(Fault(path, f"must lead through groups of settings, but '{group}' is none."))
             return
-    if isinstance(target, list) and last.isdigit() and int(last) < len(target):
+    if isinstance(target, list) and _is_index(last, target):
         target[int(last)] = value
     elif isinstance(target, dict):
         target[last] = value
     else:
-        faults.append(Fault(path, "must name a setting, but there is no place for it."))
+        faults.append(Fault(path, f"must name a setting or an entry of a list, but there is no '{last}'."))
+
+
+def _is_index(key: str, target: list[Any]) -> bool:
+    return key.isdecimal() and int(key) < len(target)
 
 
 def _enter(target: Any, key: str) -> Any:
     if isinstance(target, list):
-        return target[int(key)] if key.isdigit() and int(key) < len(target) else None
+        child = target[int(key)] if _is_index(key, target) else None
+        return child if isinstance(child, (dict, list)) else None
     if not isinstance(target, dict):
         return None
     child = target.get(key)

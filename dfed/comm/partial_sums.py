@@ -1,19 +1,28 @@
 """Weighted sums of updates that are exact, so that no order and no number of ranks changes a bit.
 
-Each product ``weight · value`` is snapped to a grid that all clients of a round share, and added in float64. Multiples of
+Each product ``weight · value`` is rounded to a grid that all clients of a round share, and added in float64. Multiples of
 one grid that stay below 2⁵² grid steps add without rounding, hence in any order: in a client's turn, within a rank, and
 through the reduction over ranks.
 
 The grid of a tensor is ``range · 2⁻⁵²``. ``range`` is a power of two: at least :data:`MIN_RANGE`, and at least 64 times the
 tensor's largest entry. Weights are scaled by a power of two so that they sum to at most 1 over the cohort. With the
-smallest range the grid is 2⁻³⁸ ≈ 4·10⁻¹²: below half a unit in the last place of float32 for every mean above 6·10⁻⁵ in
-magnitude. An entry outside the range is refused (:class:`~dfed.errors.UpdateRejected`), never clipped.
+smallest range the grid is 2⁻³⁸ ≈ 4·10⁻¹². An entry of half the range or more is refused
+(:class:`~dfed.errors.UpdateRejected`), never clipped.
+
+The fast way needs one pass over an update. A sum starts at 1.5 · range, where neighbouring float64 numbers are one grid
+step apart; a fused multiply-add of ``weight · value`` then rounds the product to the grid by itself. Rounding to nearest is
+the same wherever the sum stands, save for ties, which go to the even neighbour *of the sum*; so there must be no ties: the
+last bit of the weight's mantissa is set, which puts the lowest bit of every product below half a grid step. Whether torch's
+kernel really fuses is tried once; where it does not, and for odd ends and strided regions, products are rounded apart.
 """
 
 from __future__ import annotations
 
+import functools
 import math
+import struct
 from collections.abc import Mapping
+from fractions import Fraction
 
 import torch
 from torch import Tensor
@@ -26,6 +35,8 @@ __all__ = ["MIN_RANGE", "PartialSums", "value_range", "weight_scale"]
 MIN_RANGE = 2.0**14
 _HEADROOM = 64.0
 _CHUNK = 65_536  # float64 chunks of 512 KiB stay in a core's second-level cache
+_UNDIVIDED = 32_768  # torch never divides so few entries among threads, at places that are no whole vectors
+_LANES = 64  # a multiple of what any processor's vectors hold
 
 
 def value_range(tensor: Tensor) -> float:
@@ -58,6 +69,26 @@ def check_values(name: str, value: Tensor, limit: float) -> None:
         raise UpdateRejected("out_of_range", f"tensor '{name}' must stay below {limit / 2:g}, but reaches {largest:g}.")
 
 
+def _odd(weight: float) -> float:
+    """``weight`` with the last bit of its mantissa set."""
+    (bits,) = struct.unpack("<q", struct.pack("<d", weight))
+    return float(struct.unpack("<d", struct.pack("<q", bits | 1))[0])
+
+
+@functools.cache
+def _fuses() -> bool:
+    """Whether ``add_(x, alpha=w)`` in float64 rounds once, on whole vectors of this processor."""
+    generator = torch.Generator().manual_seed(1)
+    values = torch.randn(8 * _LANES, generator=generator).to(torch.float64)
+    weight, start = _odd(1 / 3), 1.5 * MIN_RANGE
+    fused = torch.full_like(values, start).add_(values, alpha=weight)
+    exact = [Fraction(weight) * Fraction(float(value)) * Fraction(2) ** 52 / Fraction(MIN_RANGE) for value in values]
+    return all(
+        (Fraction(float(total)) - Fraction(start)) * 2**52 / Fraction(MIN_RANGE) == round(product)
+        for total, product in zip(fused, exact, strict=True)
+    )
+
+
 class PartialSums:
     """The weighted sums of one round on one rank: float64, one flat buffer, in the global tensors' layout.
 
@@ -67,22 +98,38 @@ class PartialSums:
 
     def __init__(self, shapes: Mapping[str, tuple[int, ...]]):
         self.shapes = {name: tuple(shape) for name, shape in shapes.items()}
-        self.flat = torch.zeros(sum(math.prod(shape) for shape in self.shapes.values()), dtype=torch.float64)
+        self._flat = torch.zeros(sum(math.prod(shape) for shape in self.shapes.values()), dtype=torch.float64)
         self._views: dict[str, Tensor] = {}
         offset = 0
         for name, shape in self.shapes.items():
             size = math.prod(shape)
-            self._views[name] = self.flat[offset:offset + size].view(shape)
+            self._views[name] = self._flat[offset:offset + size].view(shape)
             offset += size
-        self._scratch = torch.empty(_CHUNK, dtype=torch.float64)
+        self._offsets: dict[str, float] = {}  # what each tensor's sums stand above their values at present
+        self._chunk = _CHUNK if torch.get_num_threads() == 1 else _UNDIVIDED
+        self._scratch = torch.empty(self._chunk, dtype=torch.float64)
+
+    @property
+    def flat(self) -> Tensor:
+        """All sums (float64, one dimension); the buffer itself, which a reduction may change in place."""
+        self._settle()
+        return self._flat
 
     def __getitem__(self, name: str) -> Tensor:
         """The sum of one tensor (float64, a view of the buffer)."""
+        self._settle()
         return self._views[name]
+
+    def _settle(self) -> None:
+        """Bring every sum from where it was kept to its value; exact."""
+        for name, offset in self._offsets.items():
+            self._views[name].sub_(offset)
+        self._offsets.clear()
 
     def clear(self) -> None:
         """Set all sums to zero."""
-        self.flat.zero_()
+        self._offsets.clear()
+        self._flat.zero_()
 
     def add(
         self,
@@ -97,7 +144,7 @@ class PartialSums:
             update: float32 values by tensor name, each of its region's shape, on the CPU.
             regions: The part of the global tensor that each value covers.
             weight: The client's weight times :func:`weight_scale`.
-            ranges: :func:`value_range` of each global tensor.
+            ranges: :func:`value_range` of each global tensor; the same for all updates of a round.
 
         Raises:
             UpdateRejected: If an entry is not finite or out of range.
@@ -105,17 +152,27 @@ class PartialSums:
         for name, value in update.items():
             check_values(name, value, ranges[name])
         for name, value in update.items():
-            self._add_one(regions[name].view(self._views[name]), regions[name], name, value, weight, ranges[name])
+            if name not in self._offsets:
+                self._offsets[name] = 1.5 * ranges[name]
+                self._views[name].add_(self._offsets[name])
+            self._add_one(name, value, regions[name], _odd(weight))
 
-    def _add_one(self, target: Tensor, region: Region, name: str, value: Tensor, weight: float, limit: float) -> None:
-        magic = 1.5 * limit  # adding it leaves no bits below limit · 2⁻⁵²: rounds to the grid
-        if value.is_contiguous() and target.is_contiguous() and target._is_view():
-            source, sums = value.view(-1), target.view(-1)
-            for start in range(0, source.numel(), _CHUNK):
-                part = source[start:start + _CHUNK]
-                scratch = self._scratch[:part.numel()]
-                scratch.copy_(part)
-                sums[start:start + _CHUNK].add_(scratch.mul_(weight).add_(magic).sub_(magic))
+    def _add_one(self, name: str, value: Tensor, region: Region, weight: float) -> None:
+        target, offset = region.view(self._views[name]), self._offsets[name]
+        if not (value.is_contiguous() and target.is_contiguous() and target._is_view()):
+            region.add_(self._views[name], _rounded(value.to(torch.float64), weight, offset))
             return
-        snapped = value.to(torch.float64).mul_(weight).add_(magic).sub_(magic)
-        region.add_(self._views[name], snapped)
+        source, sums = value.view(-1), target.view(-1)
+        fused = source.numel() - source.numel() % _LANES if _fuses() else 0
+        for start in range(0, source.numel(), self._chunk):
+            stop = min(start + self._chunk, source.numel())
+            scratch = self._scratch[:stop - start].copy_(source[start:stop])
+            whole = max(0, min(stop, fused) - start)
+            sums[start:start + whole].add_(scratch[:whole], alpha=weight)
+            if whole < stop - start:
+                sums[start + whole:stop].add_(_rounded(scratch[whole:], weight, offset))
+
+
+def _rounded(value: Tensor, weight: float, offset: float) -> Tensor:
+    """``weight · value`` rounded to the grid (float64; ``value`` is overwritten)."""
+    return value.mul_(weight).add_(offset).sub_(offset)

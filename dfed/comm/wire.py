@@ -7,6 +7,7 @@ name, block, codec, shape, offset and length. Everything is checked against the 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +24,7 @@ __all__ = ["ALIGNMENT", "Entry", "Message", "codec_of", "decode", "decode_header
 ALIGNMENT = 64
 MAX_HEADER_BYTES = 1 << 28
 _MAX_DIMENSIONS = 16
+_MAX_NUMBER = 1 << 48
 
 
 @dataclass(frozen=True)
@@ -143,7 +145,7 @@ def decode_header(data: Tensor) -> dict[str, Any]:
     """
     try:
         header = json.loads(bytes(data.numpy()).decode())
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # ValueError: no UTF-8, no JSON, or a number of too many digits
         raise WireError(f"a header must be JSON, but is not: {error}.") from error
     if not isinstance(header, dict):
         raise WireError("a header must be a JSON object, but is none.")
@@ -163,7 +165,9 @@ def _entry(value: Any, body_bytes: int) -> Entry:
         raise WireError(f"a header's entry must have 6 fields, the first three text, but is {value!r:.80}.")
     name, block, codec, shape, offset, num_bytes = value
     numbers = [*(shape if isinstance(shape, list) else [None]), offset, num_bytes]
-    if not all(type(number) is int and 0 <= number < 1 << 48 for number in numbers) or len(shape) > _MAX_DIMENSIONS:
+    # Strides are products of sizes, also in a tensor that has no entries because one of its sizes is 0.
+    if (not all(type(number) is int and 0 <= number < _MAX_NUMBER for number in numbers) or len(shape) > _MAX_DIMENSIONS
+            or math.prod(max(1, size) for size in shape) >= _MAX_NUMBER):
         raise WireError(f"tensor '{name}' of block '{block}' must have a shape and a place of whole numbers, but has "
                         f"{shape!r:.80}, {offset!r:.40}, {num_bytes!r:.40}.")
     if offset % ALIGNMENT or offset + num_bytes > body_bytes:
