@@ -74,16 +74,17 @@ def save(folder: Path, state: ServerState, fingerprint: str, keep: int) -> Path:
         for stale in (*folder.glob(".round_*.partial"), *folder.glob(".round_*.replaced")):
             shutil.rmtree(stale, ignore_errors=True)
         partial.mkdir()
-        tensors = {f"params/{key}": value.contiguous() for key, value in state.params.items()}
+        tensors = {f"params/{key}": value for key, value in state.params.items()}
         for key, slots in state.slots.items():
-            tensors |= {f"slots/{slot}/{key}": value.contiguous() for slot, value in slots.items()}
-        save_file(tensors, partial / "state.safetensors")
+            tensors |= {f"slots/{slot}/{key}": value for slot, value in slots.items()}
+        save_file(_apart(tensors), partial / "state.safetensors")
         header = {
             "format": _FORMAT,
             "fingerprint": fingerprint,
             "round_index": state.round_index,
             "facts": state.facts,
             "totals": state.totals,
+            "params": list(state.params),
             "tensors_sha256": _file_sha256(partial / "state.safetensors"),
         }
         header["sha256"] = _header_sha256(header)
@@ -103,6 +104,18 @@ def save(folder: Path, state: ServerState, fingerprint: str, keep: int) -> Path:
     shutil.rmtree(replaced, ignore_errors=True)
     _prune(folder, state.round_index, keep)
     return folder / name
+
+
+def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Contiguous tensors with storage of their own, as the file format asks; copies only where they share it."""
+    separate: dict[str, Tensor] = {}
+    storages: set[int] = set()
+    for name, value in tensors.items():
+        value = value.detach().contiguous()
+        pointer = value.untyped_storage().data_ptr()
+        separate[name] = value.clone() if pointer in storages else value
+        storages.add(pointer)
+    return separate
 
 
 def _prune(folder: Path, newest: int, keep: int) -> None:
@@ -149,17 +162,15 @@ def _read(path: Path, fingerprint: str) -> ServerState:
             raise _Damaged("the tensors' checksum differs")
         tensors = load_file(path / "state.safetensors")
         saved, round_index, facts, totals = (header[key] for key in ("fingerprint", "round_index", "facts", "totals"))
+        params = {name: tensors[f"params/{name}"] for name in header["params"]}  # the file has an order of its own
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise _Damaged(f"{type(error).__name__}: {error}") from error
     if saved != fingerprint:
         raise CheckpointError(f"{path} was written by another configuration: resume with the config of its run folder.")
-    params: dict[str, Tensor] = {}
     slots: dict[str, dict[str, Tensor]] = {}
     for key, value in tensors.items():
         kind, _, rest = key.partition("/")
-        if kind == "params":
-            params[rest] = value
-        else:
+        if kind == "slots":
             slot, _, name = rest.partition("/")
             slots.setdefault(name, {})[slot] = value
     return ServerState(round_index=round_index, params=params, slots=slots, facts=facts, totals=totals)

@@ -158,7 +158,8 @@ def _message(item: Any, known: Sequence[str]) -> str:
         return "must be given, but is not."
     if kind == "literal_error":
         options = [option.strip().strip("'") for option in context["expected"].replace(" or ", ", ").split(",")]
-        return f"must be one of {', '.join(options)}, {but}{nearest(str(value), options)}"
+        hint = nearest(value, options) if isinstance(value, str) else ""
+        return f"must be one of {', '.join(options)}, {but}{hint}"
     if kind == "value_error":
         return str(context["error"])
     if kind in _BOUNDS:
@@ -166,7 +167,7 @@ def _message(item: Any, known: Sequence[str]) -> str:
         return f"must be {words.format(_bound(context[name]))}, {but}"
     if kind in _KINDS:
         return f"must be {_KINDS[kind]}, {but}"
-    wanted = item["msg"].partition("Input should ")[2] or f"be valid ({item['msg']})"
+    wanted = item["msg"].partition(" should ")[2] or f"be valid ({item['msg']})"
     return f"must {wanted}, {but}"
 
 

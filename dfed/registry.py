@@ -59,11 +59,11 @@ class Registry:
             if ":" not in name:
                 known = list(self)
                 allowed = ", ".join(known)
-                raise UnknownName(f"must be one of {allowed}, but is '{name}'.{nearest(name, known)}")
+                raise UnknownName(f"must be one of {allowed}, but is {name!r}.{nearest(name, known)}")
             target = name
         module_name, _, attribute = target.partition(":")
         if not all(part.isidentifier() for part in [*module_name.split("."), attribute]):
-            raise UnknownName(f"must be a known name, or have the form package.module:attribute, but is '{target}'.")
+            raise UnknownName(f"must be a known name, or have the form package.module:attribute, but is {target!r}.")
         try:
             return getattr(importlib.import_module(module_name), attribute)
         except Exception as error:  # a user's module may raise anything while it is imported

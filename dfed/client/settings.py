@@ -32,7 +32,7 @@ class ScheduleSettings(Settings):
 
     name: Literal["constant", "step", "exponential", "cosine"] = "constant"
     milestones: list[Annotated[int, Field(ge=0)]] = []
-    factor: Annotated[float, Field(gt=0)] = 0.1
+    factor: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 0.1
     final: Annotated[float, Field(ge=0, le=1)] = 0.0
 
     def at(self, round_index: int, rounds: int) -> float:
@@ -58,10 +58,10 @@ class ClientSettings(Settings):
     """
 
     optimizer: Literal["sgd", "adam", "adamw"] = "sgd"
-    learning_rate: Annotated[float, Field(gt=0)] = 0.1
+    learning_rate: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 0.1
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
     nesterov: bool = False
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
     betas: Annotated[list[Annotated[float, Field(ge=0, lt=1)]], Field(min_length=2, max_length=2)] = [0.9, 0.999]
     epsilon: Annotated[float, Field(gt=0)] = 1e-8
     batch_size: Annotated[int, Field(ge=1)] = 32

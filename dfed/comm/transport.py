@@ -23,6 +23,7 @@ from dfed.errors import RankLost, WireError
 __all__ = ["Local", "ProcessGroup", "Transport"]
 
 _MAGIC = 0x64666564
+_MAX_BODY_BYTES = 1 << 48
 _SERVER = 0
 
 
@@ -134,6 +135,7 @@ class ProcessGroup(Transport):
         header = wire.encode_header(message.header()) if message is not None else None
         if message is not None and header is not None:
             prefix = torch.tensor([_MAGIC, header.numel(), message.body.numel()])
+            self._round = message.meta.get("round", self._round)
         self._broadcast(prefix)
         magic, header_bytes, body_bytes = (int(number) for number in prefix)
         self._check_prefix(magic, header_bytes, body_bytes, source=_SERVER)
@@ -158,6 +160,7 @@ class ProcessGroup(Transport):
         lengths = [torch.zeros_like(length) for _ in range(self.size)]
         with self._guard("all_gather"):
             dist.all_gather(lengths, length)
+        self._count(length, everyone=True)
         longest = max(int(number) for number in lengths)
         padded = torch.zeros(longest, dtype=torch.uint8, device=self.device)
         padded[:mine.numel()] = mine.to(self.device)
@@ -216,7 +219,7 @@ class ProcessGroup(Transport):
         self.fabric_bytes += value.numel() * value.element_size() * copies
 
     def _check_prefix(self, magic: int, header_bytes: int, body_bytes: int, source: int) -> None:
-        if magic != _MAGIC or not 0 < header_bytes <= wire.MAX_HEADER_BYTES or body_bytes < 0:
+        if magic != _MAGIC or not 0 < header_bytes <= wire.MAX_HEADER_BYTES or not 0 <= body_bytes <= _MAX_BODY_BYTES:
             raise WireError(f"rank {self.rank} got a message from rank {source} that does not begin as one "
                             f"(round {self._round}): {magic:#x}, {header_bytes}, {body_bytes}.")
 

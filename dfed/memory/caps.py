@@ -121,7 +121,7 @@ class CpuCap(Uncapped):
         import resource  # not on every platform
 
         soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
-        with super().guard(budget_bytes) as meter:
+        with super().guard(budget_bytes) as meter, malloc.fill_holes():
             limit = measure.data_segment_bytes() + budget_bytes
             limit = limit if soft == resource.RLIM_INFINITY else min(limit, soft)
             resource.setrlimit(resource.RLIMIT_DATA, (limit, hard))

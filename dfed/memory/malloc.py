@@ -3,6 +3,8 @@
 glibc serves large requests from holes in its heap when it has them. Such memory belongs to the data segment already, so
 ``RLIMIT_DATA`` does not see it being used again, and a cap would leak by the size of the holes. ``tight()`` therefore
 makes every block of 16 KiB or more a mapping of its own, returned to the kernel when it is freed, and keeps one arena.
+Holes that are there already, or that many small blocks leave when they are freed, are filled for as long as a cap lasts:
+``fill_holes()``.
 ``roomy()`` is the opposite, for ranks that cap nobody: freed memory stays in the heap, which saves the page faults.
 """
 
@@ -10,12 +12,16 @@ from __future__ import annotations
 
 import ctypes
 import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
 
-__all__ = ["MMAP_THRESHOLD_BYTES", "is_glibc", "roomy", "tight", "trim"]
+__all__ = ["MMAP_THRESHOLD_BYTES", "fill_holes", "is_glibc", "roomy", "tight", "trim"]
 
 MMAP_THRESHOLD_BYTES = 16 * 1024
 _ROOMY_BYTES = 1 << 30
+_LARGEST_FILLING_BYTES = 1 << 25
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8
+_IS_MAPPING = 2  # bit of the size that glibc keeps in the word before each block
 
 
 def is_glibc() -> bool:
@@ -49,3 +55,26 @@ def trim() -> None:
     """Give all free heap pages back to the kernel (glibc only; elsewhere nothing happens)."""
     if is_glibc():
         _libc().malloc_trim(0)
+
+
+@contextmanager
+def fill_holes() -> Iterator[None]:
+    """Keep the heap's holes of 16 KiB or more occupied while the body runs; their pages are not touched.
+
+    To be called after :func:`tight`, in the thread whose memory is to be counted.
+    """
+    libc, fillings, size = _libc(), [], _LARGEST_FILLING_BYTES
+    libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
+    libc.free.restype, libc.free.argtypes = None, [ctypes.c_void_p]
+    while size >= MMAP_THRESHOLD_BYTES:
+        block = libc.malloc(size)
+        if block and not ctypes.c_size_t.from_address(block - ctypes.sizeof(ctypes.c_size_t)).value & _IS_MAPPING:
+            fillings.append(block)
+            continue
+        libc.free(block)  # no hole of this size is left: it is a mapping, or nothing
+        size //= 2
+    try:
+        yield
+    finally:
+        for block in fillings:
+            libc.free(block)

@@ -2,8 +2,10 @@ import pytest
 import torch
 
 from dfed.comm import BackendSettings, Local, Message, join, launched_size, local_rank
-from dfed.comm.process_group import _choose_backend
+from dfed.comm.process_group import _choose_backend, choose_device
 from dfed.errors import ConfigError
+
+CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 
 
 def message(kind):
@@ -39,7 +41,7 @@ def test_one_process_joins_nothing(monkeypatch):
     for name in ("WORLD_SIZE", "LOCAL_RANK", "RANK"):
         monkeypatch.delenv(name, raising=False)
     assert (launched_size(), local_rank()) == (1, 0)
-    link = join(BackendSettings(device="cpu"))
+    link = join(BackendSettings(), CPU)
     assert isinstance(link.transport, Local)
     assert (link.device, link.backend, link.reason) == (
         torch.device("cpu"), "local", "one process needs no process group"
@@ -48,18 +50,16 @@ def test_one_process_joins_nothing(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "1")
     monkeypatch.setenv("LOCAL_RANK", "3")
     assert (launched_size(), local_rank()) == (1, 3)
-    assert isinstance(join(BackendSettings(device="cpu", name="gloo")).transport, Local)
+    assert isinstance(join(BackendSettings(name="gloo"), CPU).transport, Local)
 
 
 def test_a_gpu_that_is_not_there_is_a_fault(monkeypatch):
-    monkeypatch.delenv("WORLD_SIZE", raising=False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ConfigError, match=r"`backend\.device` must be 'auto' or 'cpu' .* but is 'cuda'"):
-        join(BackendSettings(device="cuda"))
-    assert join(BackendSettings()).device == torch.device("cpu")
+        choose_device(BackendSettings(device="cuda"))
+    assert choose_device(BackendSettings()) == choose_device(BackendSettings(device="cpu")) == CPU
 
 
-CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 APART, SHARED, NO_GPU = ["n cuda:0", "n cuda:1", "m cuda:0"], ["n cuda:0", "n cuda:0"], ["n cpu", "n cpu"]
 
 

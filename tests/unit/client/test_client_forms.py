@@ -1,0 +1,104 @@
+import pytest
+import torch
+from client_problem import CNN, Small
+
+from dfed.client import Forms
+from dfed.client.forms import PREFIX_BYTES
+from dfed.comm import Message, wire
+from dfed.errors import WireError
+from dfed.region import WHOLE, Slices
+from dfed.strategies import Strategy
+
+
+class Narrow(Strategy):
+    """Holds the first half of a tensor's rows; sends biases not at all."""
+
+    def plan(self, state, candidate):
+        return self.whole_plan(candidate)
+
+    def region(self, name, shape, plan):
+        return Slices(((0, -(-shape[0] // 2)),)) if plan.width < 1 and shape else WHOLE
+
+    def upload(self, name, value, region, plan):
+        return None if name.endswith("bias") else super().upload(name, value, region, plan)
+
+
+PLANS = {
+    "whole": {},
+    "codecs": {"down": {"conv0": "fp16", "head": "bf16"}, "up": {"conv1": "bf16", "hidden": "fp16"}},
+    "part": {"hold": ("conv0", "head"), "train": ("head",)},
+    "narrow": {"width": 0.5, "up": {"conv0": "fp16"}},
+    "nothing up": {"train": ()},
+}
+
+
+@pytest.mark.parametrize("kind", PLANS)
+def test_metered_bytes_are_those_of_the_encoded_messages(kind):
+    small = Small(make=Narrow)
+    plan = small.plan(**PLANS[kind])
+    form = small.forms.of(plan)
+    whole = {name: value for name, value in small.values.items() if small.splitting.block_of(name) in plan.hold}
+    assert form.regions.keys() == whole.keys()
+    for round_index, client in ((0, 0), (9, 10), (123, 45_678), (99_999, 1_000_000)):
+        payload = {name: form.regions[name].view(value).contiguous() for name, value in whole.items()}
+        down = wire.encode("payload", {"round": round_index, "client": client}, form.down, payload,
+                           torch.zeros(form.down_body_bytes, dtype=torch.uint8))
+        sent = {entry.name: payload[entry.name] for entry in form.up}
+        up = form.encode_update(round_index, client, sent)
+        for message, metered in ((down, form.down_bytes(round_index, client)), (up, form.up_bytes(round_index, client))):
+            length = PREFIX_BYTES + wire.encode_header(message.header()).numel() + message.body.numel()
+            assert sum(metered.values()) == length
+            assert metered["values"] == sum(entry.num_bytes for entry in message.entries)
+            assert set(metered) == {"header", "values"}
+        # What arrives after the codecs is what the server would decode.
+        form.check_update(up, round_index, client, rank=1)
+        decoded, through = wire.decode(up), form.through_codecs(sent)
+        assert decoded.keys() == through.keys() == sent.keys()
+        for name, value in decoded.items():
+            assert torch.equal(value, through[name])
+            assert value.shape == form.regions[name].view(whole[name]).shape
+    for name in small.values:
+        block, sent_up = small.splitting.block_of(name), {entry.name for entry in form.up}
+        assert (name in sent_up) == (block in plan.train and not name.endswith("bias"))
+
+
+def test_prefix_is_three_integers():
+    assert torch.zeros(3, dtype=torch.int64).numpy().nbytes == PREFIX_BYTES
+
+
+def test_exact_codecs_hand_back_the_tensors_themselves():
+    small = Small()
+    form = small.forms.of(small.plan(up={"head": "fp16"}))
+    through = form.through_codecs(small.values)
+    for name, value in small.values.items():
+        assert (through[name] is value) == (small.splitting.block_of(name) != "head")
+
+
+def test_a_form_is_made_once_per_shape_of_plan():
+    small = Small()
+    assert small.forms.of(small.plan(client=0)) is small.forms.of(small.plan(client=4))
+    assert small.forms.of(small.plan()) is not small.forms.of(small.plan(train=("head",)))
+    other = Forms(small.strategy, small.splitting, small.shapes)
+    assert other.of(small.plan()) == small.forms.of(small.plan())
+    assert list(small.forms.of(small.plan()).regions) == list(small.shapes)
+    assert Small(options=CNN).forms.of(small.plan()).down == small.forms.of(small.plan()).down  # equal on every rank
+
+
+def test_an_update_of_someone_else_is_refused():
+    small = Small()
+    form = small.forms.of(small.plan())
+    good = form.encode_update(3, 1, small.values)
+    form.check_update(good, 3, 1, rank=2)
+    other = small.forms.of(small.plan(train=("head",)))
+    wrong = [
+        form.encode_update(2, 1, small.values),
+        form.encode_update(3, 2, small.values),
+        other.encode_update(3, 1, small.values),
+        Message("payload", good.meta, good.entries, good.body),
+        Message("update", {**good.meta, "more": 1}, good.entries, good.body),
+        Message("update", {}, good.entries, good.body),
+        Message("update", good.meta, good.entries[::-1], good.body),
+    ]
+    for message in wrong:
+        with pytest.raises(WireError, match="rank 2 must send the update of client 1 in round 3, but sent"):
+            form.check_update(message, 3, 1, rank=2)

@@ -1,0 +1,207 @@
+import json
+import logging
+import math
+
+import numpy as np
+import pytest
+import torch
+from client_problem import CLASSES, CPU, Small, data
+
+from dfed import rng
+from dfed.client import ClientSettings, Skeleton, Worker, run_plan
+from dfed.comm import wire
+from dfed.comm.partial_sums import PartialSums, value_range, weight_scale
+from dfed.data import client_batches
+from dfed.data.dataset import ArrayDataset
+from dfed.data.partitions import TablePartition
+from dfed.errors import RankLost
+from dfed.memory import MemorySettings, make_cap
+from dfed.strategies.fedavg import FedAvg
+
+SIZES = [20, 9, 33, 8, 1]
+
+
+class Moody(FedAvg):
+    """FedAvg whose clients misbehave as ``options["mood"]`` tells them."""
+
+    def receive(self, model, client_state, plan):
+        mood = plan.options.get("mood")
+        if mood == "raise":
+            raise ZeroDivisionError("a bad client")
+        if mood == "oom":
+            raise MemoryError("no more")
+        if mood == "late oom":
+            try:
+                raise torch.OutOfMemoryError("tried to allocate too much")
+            except RuntimeError as error:
+                raise ValueError("wrapped") from error
+        if mood == "weights":
+            with torch.no_grad():
+                model.get_parameter("head.fc.bias")[1] = math.nan
+        if mood == "huge":
+            model.huge = 1e20
+
+    def loss(self, model, x, y, phase):
+        loss = super().loss(model, x, y, phase)
+        return loss * model.huge if hasattr(model, "huge") else loss
+
+
+class Setting:
+    def __init__(self, abandoned=lambda: False, **settings):
+        self.small = Small(make=Moody)
+        x, y = data(sum(SIZES), seed=2)
+        self.dataset = ArrayDataset(x.numpy(), y.numpy().astype(np.int64), num_classes=CLASSES)
+        bounds = np.cumsum([0, *SIZES])
+        self.indices = [np.arange(start, stop) for start, stop in zip(bounds[:-1], bounds[1:], strict=True)]
+        self.settings = ClientSettings(**{"learning_rate": 0.05, "momentum": 0.9, **settings})
+        self.partition = TablePartition(np.arange(sum(SIZES)), np.array(SIZES), y.numpy(), CLASSES)
+        self.worker = Worker(
+            self.small.strategy, self.dataset, self.partition, self.settings, shapes=self.small.shapes,
+            cap=make_cap(MemorySettings(enforce="off"), CPU, has_budgets=False), forms=self.small.forms, device=CPU, seed=6,
+            abandoned=abandoned,
+        )
+        self.worker.warm_up(self.small.chain)
+        self.scale = weight_scale(sum(SIZES))
+
+    def order(self, exchange="fused"):
+        shapes, splitting = self.small.shapes, self.small.splitting
+        entries, length = wire.layout(shapes, splitting.block_of, lambda block: "fp32")
+        meta = {"round": 2, "scale": self.scale, "rate_factor": 0.5, "exchange": exchange,
+                "ranges": {name: value_range(value) for name, value in self.small.values.items()}}
+        return wire.encode("round", meta, entries, self.small.values, torch.zeros(length, dtype=torch.uint8))
+
+    def task(self, client, mood=None, **fields):
+        options = {"mood": mood} if mood else {}
+        plan = self.small.plan(client=client, options=options, **fields)
+        return {"plan": json.loads(json.dumps(plan.to_json())), "weight": SIZES[client], "budget_bytes": None}
+
+    def work(self, tasks, exchange="fused"):
+        sums = self.worker.sums(self.small.shapes)
+        reports, updates = self.worker.work(self.order(exchange), tasks, sums)
+        return json.loads(json.dumps(reports)), updates, sums.flat.clone()
+
+    def by_hand(self, client):
+        """The client's update from run_plan, with the keys that the worker promises to use."""
+        plan = self.small.plan(client=client)
+        skeleton = Skeleton(self.small.strategy.build(plan))
+
+        def batches(phase):
+            return client_batches(self.dataset, self.indices[client], batch_size=phase.batch_size, epochs=phase.epochs,
+                                  steps=phase.steps, generator=rng.torch_generator(6, "batches", 2, client, 0))
+
+        return run_plan(self.small.strategy, plan, skeleton, self.small.values, self.small.forms.of(plan).regions, batches,
+                        self.settings, rate_factor=0.5, device=CPU, generator=rng.torch_generator(6, "layers", 2, client))
+
+
+@pytest.fixture(scope="module")
+def setting():
+    return Setting()
+
+
+def test_sums_and_reports_are_those_of_the_clients(setting):
+    clients = [3, 0, 4]
+    reports, updates, sums = setting.work([setting.task(client) for client in clients])
+    assert updates == []
+    expected = PartialSums(setting.small.shapes)
+    for client, report in zip(clients, reports, strict=True):
+        result = setting.by_hand(client)
+        form = setting.small.forms.of(setting.small.plan())
+        ranges = {name: value_range(value) for name, value in setting.small.values.items()}
+        expected.add(result.update, form.regions, SIZES[client] * setting.scale, ranges)
+        assert (report["client"], report["status"], report["reason"], report["detail"]) == (client, "completed", None, None)
+        assert report["num_visits"] == SIZES[client]
+        assert report["num_steps"] == -(-SIZES[client] // 8)
+        assert report["loss"] == float(result.loss_sum) / SIZES[client]
+        assert report["bytes_down"] == form.down_bytes(2, client)
+        assert report["bytes_up"] == form.up_bytes(2, client)
+        assert report["time_s"] > 0
+    assert torch.equal(sums.view(torch.int64), expected.flat.view(torch.int64))
+    # Another order, another history of the rank: the same bits.
+    again = setting.work([setting.task(client) for client in (4, 3, 0)])
+    assert torch.equal(again[2].view(torch.int64), sums.view(torch.int64))
+    assert sorted(r["loss"] for r in again[0]) == sorted(r["loss"] for r in reports)
+
+
+def test_exchange_per_client_gives_the_same_updates(setting):
+    clients = [1, 2]
+    _, _, sums = setting.work([setting.task(client) for client in clients])
+    reports, updates, untouched = setting.work([setting.task(client) for client in clients], "per_client")
+    assert not untouched.any()
+    form, folded = setting.small.forms.of(setting.small.plan()), PartialSums(setting.small.shapes)
+    for client, report, update in zip(clients, reports, updates, strict=True):
+        form.check_update(update, 2, client, rank=0)
+        ranges = {name: value_range(value) for name, value in setting.small.values.items()}
+        folded.add(wire.decode(update), form.regions, SIZES[client] * setting.scale, ranges)
+        assert report["bytes_up"] == form.up_bytes(2, client)
+    assert torch.equal(folded.flat, sums)
+
+
+@pytest.mark.parametrize("exchange", ["fused", "per_client"])
+@pytest.mark.parametrize(("mood", "status", "reason", "text"), [
+    ("raise", "failed", "exception", "ZeroDivisionError: a bad client"),
+    ("oom", "oom", "oom", "out of memory on a budget of"),
+    ("late oom", "oom", "oom", "out of memory on a budget of"),
+    ("weights", "failed", "non_finite", "must be finite"),
+    ("huge", "failed", None, "must"),
+])
+def test_a_client_that_fails_harms_nobody(setting, caplog, exchange, mood, status, reason, text):
+    alone_reports, alone_updates, alone = setting.work([setting.task(0), setting.task(2)], exchange)
+    caplog.clear()
+    with caplog.at_level(logging.WARNING, "dfed"):
+        reports, updates, sums = setting.work([setting.task(0), setting.task(1, mood), setting.task(2)], exchange)
+    bad = reports[1]
+    assert [report["status"] for report in reports] == ["completed", status, "completed"]
+    assert bad["reason"] == reason or (reason is None and bad["reason"] in ("non_finite", "out_of_range"))
+    assert text in bad["detail"]
+    if mood == "raise":
+        assert "Traceback" in bad["detail"]
+        assert "in receive" in bad["detail"]
+    assert bad["bytes_up"] == {}
+    assert bad["bytes_down"] == setting.small.forms.of(setting.small.plan(options={"mood": mood})).down_bytes(2, 1)
+    # The others are as if it had not been there.
+    assert torch.equal(sums.view(torch.int64), alone.view(torch.int64))
+    assert [r["loss"] for r in (reports[0], reports[2])] == [r["loss"] for r in alone_reports]
+    assert len(updates) == len(alone_updates) == (2 if exchange == "per_client" else 0)
+    for update, other in zip(updates, alone_updates, strict=True):
+        assert torch.equal(update.body, other.body)
+    assert [report["status"] for report in setting.work([setting.task(1)])[0]] == ["completed"]
+
+
+def test_failures_are_logged_and_oom_only_once_per_plan_and_budget(caplog):
+    setting = Setting()
+    tasks = [setting.task(0, "oom"), setting.task(1, "oom"), setting.task(2, "raise"), setting.task(3, "raise")]
+    with caplog.at_level(logging.WARNING, "dfed"):
+        setting.work(tasks)
+        setting.work(tasks[:1])
+    said = [record.getMessage() for record in caplog.records]
+    assert len([text for text in said if "oom" in text]) == 1
+    assert [text.partition(":")[0] for text in said if "exception" in text] == [
+        "round 2 client 2 exception", "round 2 client 3 exception"
+    ]
+
+
+def test_a_rate_that_diverges_is_a_failed_client():
+    setting = Setting(learning_rate=1e30)
+    reports, _, sums = setting.work([setting.task(0), setting.task(2)])
+    assert [(r["status"], r["reason"]) for r in reports] == [("failed", "non_finite")] * 2
+    assert not sums.any()
+    for report in reports:
+        assert report["loss"] is None or math.isfinite(report["loss"])
+
+
+def test_an_abandoned_job_ends_the_work():
+    setting = Setting(abandoned=lambda: True)
+    with pytest.raises(RankLost, match="the round is abandoned"):
+        setting.work([setting.task(0)])
+
+
+def test_sums_are_kept_and_cleared(setting):
+    names = list(setting.small.shapes)
+    first = setting.worker.sums(names)
+    first.flat.add_(1.0)
+    second = setting.worker.sums(names)
+    assert second is first
+    assert not second.flat.any()
+    third = setting.worker.sums(names[:2])
+    assert third is not first
+    assert list(third.shapes) == names[:2]

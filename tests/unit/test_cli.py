@@ -1,0 +1,145 @@
+from __future__ import annotations
+
+import logging
+import os
+import re
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+
+from dfed import __version__
+from dfed.cli import main
+from dfed.registry import ALL
+
+SMOKE = str(Path(__file__).parents[2] / "configs" / "smoke" / "fedavg.yaml")
+
+
+@pytest.fixture(autouse=True)
+def _own_process_state(monkeypatch, tmp_path):
+    """`dfed run` takes over SIGTERM and sets up logging; a launcher sets variables. Put all of it back."""
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "TORCHELASTIC_RESTART_COUNT"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.chdir(tmp_path)
+    handler, root = signal.getsignal(signal.SIGTERM), logging.getLogger()
+    handlers, level = list(root.handlers), root.level
+    yield
+    signal.signal(signal.SIGTERM, handler)
+    root.handlers[:], root.level = handlers, level
+
+
+def _says(capsys, *arguments):
+    """Exit status 2 and what was written to stderr; nothing on stdout, nothing left behind."""
+    before = sorted(Path.cwd().rglob("*"))
+    assert main(list(arguments)) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert sorted(Path.cwd().rglob("*")) == before
+    assert "Traceback" not in err
+    return err
+
+
+def test_version_and_help(capsys):
+    cases = [(["--version"], f"dfed {__version__}"), (["--help"], "usage: dfed"), (["run", "--help"], "--resume DIR")]
+    for arguments, shown in cases:
+        with pytest.raises(SystemExit) as caught:
+            main(arguments)
+        assert caught.value.code == 0
+        assert shown in capsys.readouterr().out
+
+
+def test_list_shows_every_name_with_its_summary(capsys):
+    assert main(["list"]) == 0
+    out, err = capsys.readouterr()
+    assert err == ""
+    lines = out.splitlines()
+    for title, registry in ALL.items():
+        start = lines.index(f"{title}:")
+        for offset, name in enumerate(registry, start=1):
+            assert lines[start + offset] == f"  {name:18} {registry.summary(name)}"
+    assert len(lines) == len(ALL) + sum(len(list(registry)) for registry in ALL.values())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "required: command"), (["train"], "invalid choice"), (["run", SMOKE, "--fast"], "unknown argument: --fast"),
+        (["list", "models"],
+         "unknown argument: models"), (["list", "--all"], "unknown argument: --all"), (["run", "--out"], "--out"),
+        (["run", SMOKE, "-x=1"], "unknown argument: -x=1"),
+    ],
+)
+def test_a_wrong_command_line(arguments, message, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(arguments)
+    assert caught.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["run"], "1 fault in the config:\n  `CONFIG` must be given: a YAML file, or --resume DIR."),
+        (["run", "rounds=1"], "`CONFIG` must be given: a YAML file, or --resume DIR."),
+        (["run", "absent.yaml"], "`absent.yaml` must be a readable file, but is not: No such file or directory."),
+        (["run", SMOKE, "other.yaml"], "`other.yaml` must have the form key.sub=value (one config file is enough)."),
+        (["run", "--resume", "nowhere"], "`--resume` must be the folder of a run, but nowhere holds no config.yaml."),
+        (["run", SMOKE, "--resume", "a", "--out", "b"], "`--out` must be left out with --resume, or be a too, but is b."),
+        (["run", SMOKE, "rounds=0", "clients=3", "--out", "x"],
+         "2 faults in the config:\n  `clients` is not a setting; known here: "),
+        (["run", "strategy=nope", SMOKE, "--out", "x"],
+         "`strategy` must be one of exclusivefl, fedavg, fedprox, but is 'nope'."),
+        (["run", SMOKE, "cohort=9"], "`cohort` must be at most `fleet.clients` (8), but is 9."),
+    ],
+)
+def test_a_wrong_config_is_exit_status_2(arguments, message, capsys):
+    err = _says(capsys, *arguments)
+    assert err.startswith("dfed: ")
+    assert message in err
+
+
+def test_only_rank_0_says_what_is_wrong_with_the_config(capsys, monkeypatch):
+    monkeypatch.setenv("RANK", "3")
+    assert _says(capsys, "run", SMOKE, "rounds=0") == ""
+
+
+def test_a_wrong_config_is_found_before_a_process_group_is_joined(capsys, monkeypatch):
+    def joined(*arguments, **keywords):
+        raise AssertionError("joined the process group")
+
+    import torch.distributed as dist
+
+    monkeypatch.setattr(dist, "init_process_group", joined)
+    monkeypatch.setattr(dist, "rendezvous", joined)
+    launched = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+    for name, value in launched.items():
+        monkeypatch.setenv(name, value)
+    assert "3 faults" in _says(capsys, "run", SMOKE, "rounds=0", "model.hidden=0", "client.epochs=x", "--out", "x")
+
+
+def test_a_folder_that_holds_a_run_is_not_written_over(capsys, tmp_path):
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "config.yaml").write_text("mine")
+    err = _says(capsys, "run", SMOKE, "--out", "old")
+    assert "`--out` must be a new folder, or be continued with --resume, but old holds a run." in err
+    assert (tmp_path / "old" / "config.yaml").read_text() == "mine"
+    (tmp_path / "file").write_text("x")
+    assert "`--out` must be a folder that can be written, but file is not: " in _says(capsys, "run", SMOKE, "--out", "file")
+
+
+def test_listing_needs_no_torch_distributed_and_no_run(capsys, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    assert main(["list"]) == 0
+    assert re.search(r"^  fedavg +\S", capsys.readouterr().out, re.MULTILINE)
+    assert not os.listdir(".")
+
+
+def test_the_module_runs_the_command_line(capsys, monkeypatch):
+    import runpy
+
+    monkeypatch.setattr(sys, "argv", ["dfed", "list"])
+    with pytest.raises(SystemExit) as caught:
+        runpy.run_module("dfed", run_name="__main__")
+    assert caught.value.code == 0
+    assert "strategies:" in capsys.readouterr().out

@@ -1,0 +1,134 @@
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from dfed.config import Choice, Config, load_config
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+SHIPPED = sorted(CONFIGS.rglob("*.yaml"))
+SMALL = {
+    "rounds": 2,
+    "cohort": 4,
+    "strategy": "fedavg",
+    "model": {"name": "cnn", "channels": [8, 16]},
+    "data": {"dataset": "synthetic", "samples": 240, "partition": {"name": "dirichlet", "alpha": 1.0}},
+    "fleet": {"clients": 8, "tiers": [{"name": "strong", "count": 5, "memory": 3.0}, {"name": "weak", "count": 3}]},
+    "client": {"momentum": 0.9},
+}
+
+
+def _load(*overrides):
+    return load_config(None, overrides, base=SMALL)
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=[str(path.relative_to(CONFIGS)) for path in SHIPPED])
+def test_every_shipped_config_loads_and_survives_a_round_trip(path, tmp_path):
+    config = load_config(path)
+    assert isinstance(config, Config)
+    written = config.to_dict()
+    assert json.loads(json.dumps(written)) == written
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(written, sort_keys=False))
+    again = load_config(tmp_path / "config.yaml")
+    assert again == config
+    assert again.to_dict() == written
+    assert again.fingerprint() == config.fingerprint()
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        [],
+        ["client={optimizer: adamw, epsilon: 1e-6}"],
+        ["client={optimizer: adam}"],
+        ["client={nesterov: true, momentum: 0.5, steps: 3, clip_norm: 1}"],
+        ["client.schedule={name: step, milestones: [1, 5], factor: 0.5}"],
+        ["server.optimizer=yogi", "server.max_failed_fraction=1"],
+        ["strategy=fedprox", "strategy.mu=1"],
+        ["sampler=weighted", "exchange=per_client", "memory.enforce=off", "backend=gloo"],
+        ["data.validation_fraction=0.1", "metrics.split=validation", "data.root=/tmp/x", "data.partition=iid"],
+        ["fleet={clients: 6, tiers: [{name: a, share: 0.5, memory: 50%, up: 10 Mbps}, {name: b, share: 0.5, memory: 64MB}]}"],
+        ["fleet={csv: fleet.csv}"],
+        ["model=mlp", "data.partition={name: fixed, samples_per_client: 3}"],
+        ["strategy=dfed.strategies.fedavg:FedAvg"],
+    ],
+)
+def test_round_trips(overrides):
+    config = _load(*overrides)
+    again = load_config(None, base=yaml.safe_load(yaml.safe_dump(config.to_dict())))
+    assert again == config
+    assert again.to_dict() == config.to_dict()
+    assert again.fingerprint() == config.fingerprint()
+
+
+def test_defaults_are_filled_in():
+    config = _load()
+    assert (config.seed, config.exchange) == (0, "fused")
+    assert config.strategy == Choice("fedavg", {})
+    assert config.model.options["channels"] == [8, 16]
+    assert config.model.options["padding"] == "same"
+    assert config.dataset_options["classes"] == 10
+    assert config.sampler.name == "uniform"
+    assert config.server_optimizer.to_dict() == {"name": "sgd", "learning_rate": 1.0}
+    minimal = load_config(None, base={
+        "rounds": 1, "cohort": 1, "model": "cnn", "data": {"dataset": "digits"},
+        "fleet": {"clients": 1, "tiers": [{"name": "a", "count": 1}]},
+    })
+    assert minimal.strategy.name == "fedavg"
+    assert minimal.partition.name == "iid"
+    written = _load("client={}").to_dict()["client"]
+    assert {"batch_size", "learning_rate", "schedule", "momentum",
+            "augment"} <= set(written)  # a later default changes nothing
+    assert not {"betas", "epsilon"} & set(written)  # of no use to SGD
+
+
+def test_the_base_is_left_as_it_was():
+    base = copy.deepcopy(SMALL)
+    load_config(None, ["client.momentum=0.5", "fleet.tiers.0.count=5", "strategy.name=fedprox", "model.hidden=3"], base=base)
+    assert base == SMALL
+
+
+# What decides the trained bits, and what does not.
+DECIDES = [
+    "seed=1", "cohort=3", "strategy=fedprox", "strategy=exclusivefl", "strategy={name: fedprox, mu: 0.5}", "model=mlp",
+    "model.hidden=7",
+"data={dataset: digits}", "data.samples=100", "data.noise=0.5", "data.validation_fraction=0.1", "data.partition=iid",
+    "data.partition.alpha=2.0", "fleet.tiers.0.memory=2.0", "fleet.tiers.1.dropout=0.5", "fleet.tiers.1.availability=0.5",
+    "client.learning_rate=0.2", "client.momentum=0.5", "client.batch_size=16", "client.epochs=2", "client.steps=5",
+    "client.augment=flip",
+    "client.clip_norm=1.0", "client.weight_decay=1e-4", "client.drop_last=true", "client.schedule.name=exponential",
+    "client.schedule.name=cosine", "server.optimizer=adam", "server.optimizer={name: sgd, learning_rate: 0.5}",
+    "sampler=weighted",
+    "memory.enforce=off", "backend.threads=2",
+]
+DOES_NOT = [
+    "rounds=9", "exchange=per_client", "data.root=/x", "data.cache=/y", "data.download=true", "backend=gloo",
+    "backend.device=cpu",
+    "backend.timeout_s=5", "metrics.every=2", "metrics.batch_size=7", "metrics.tensorboard=false", "checkpoint.every=1",
+    "checkpoint.keep=9",
+    "server.max_failed_fraction=1.0",
+    # What is the default, written out.
+    "seed=0", "client.batch_size=32", "client.learning_rate=0.1", "client.nesterov=false", "client.schedule={name: constant}",
+    "client.schedule.factor=0.1", "server.optimizer={name: sgd}", "sampler={name: uniform}", "model.padding=same",
+    "fleet.tiers.1.memory=", "data.classes=10", "strategy={name: fedavg}", "backend.threads=1", "client.epochs=",
+]
+
+
+def test_the_fingerprint_follows_what_decides_the_bits():
+    plain = _load().fingerprint()
+    prints = {override: _load(override).fingerprint() for override in DECIDES}
+    assert [override for override, value in prints.items() if value == plain] == []
+    assert len(set(prints.values())) == len(prints)
+    assert [override for override in DOES_NOT if _load(override).fingerprint() != plain] == []
+    reordered = dict(reversed(SMALL.items()))
+    assert load_config(None, base=reordered).fingerprint() == plain
+
+
+def test_the_number_of_rounds_counts_where_the_learning_rate_follows_it():
+    cosine = ["client.schedule.name=cosine"]
+    assert _load(*cosine).fingerprint() != _load(*cosine, "rounds=9").fingerprint()
+    assert _load("client.schedule.name=step").fingerprint() == _load("client.schedule.name=step", "rounds=9").fingerprint()
