@@ -92,7 +92,7 @@ def run_dfed(folder: Path) -> None:
         follow(run)
         link.transport.close()
         return
-    leader = Leader(run, RunFolder.open(folder / "run", config, resume=False), resume=False, start=start)
+    leader = Leader(run, RunFolder.open(folder / "run", config, resume=False), state=None, start=start)
     serve_turns(0, leader.round)
     print(f"dfed: ready after {time.perf_counter() - start:.0f} s in all", file=sys.stderr)
     leader.dismiss()

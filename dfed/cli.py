@@ -73,9 +73,10 @@ def _list() -> int:
 
 
 def _run(words: list[str], options: argparse.Namespace) -> int:
+    from dfed.checkpoint import latest
     from dfed.config import load_config
     from dfed.leader import execute
-    from dfed.report.folder import RunFolder
+    from dfed.report.folder import CHECKPOINTS, RunFolder
     from dfed.run import StopFlag
 
     stop = StopFlag()
@@ -98,7 +99,10 @@ def _run(words: list[str], options: argparse.Namespace) -> int:
     config = load_config(files[0] if files else resume / "config.yaml", overrides)  # type: ignore[operator]
     if out is None:
         out = Path("runs") / f"{Path(files[0]).stem}-{datetime.now():%Y%m%d-%H%M%S}"
-    folder = None
+    folder = state = None
     if int(os.environ.get("RANK", "0")) == 0:
+        if resume is not None:
+            # Before anything is written: a checkpoint of another config is refused, and its folder stays as it is.
+            state = latest(resume / CHECKPOINTS, config.fingerprint())
         folder = RunFolder.open(out, config, resume=resume is not None)
-    return execute(config, folder=folder, resume=resume is not None, stop=stop)
+    return execute(config, folder=folder, state=state, stop=stop)

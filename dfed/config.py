@@ -18,7 +18,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, PydanticUserError, ValidationError
 
 from dfed.checkpoint import CheckpointSettings
-from dfed.client import ClientSettings
+from dfed.client import ClientSettings, client_conflicts
 from dfed.comm import BackendSettings
 from dfed.data import DATASET_GIVEN, PARTITIONER_GIVEN
 from dfed.errors import ConfigError, Fault
@@ -141,6 +141,9 @@ class Config:
         value["threads"] = self.backend.threads  # sums inside kernels depend on how they are shared out
         if self.client.schedule.name != "cosine":
             del value["rounds"]
+        if self.fleet.csv is not None:
+            path = Path(self.fleet.csv)  # what it holds counts, not where it lies; a missing file is the fleet's to report
+            value["fleet"]["csv"] = hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
         return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
@@ -202,6 +205,8 @@ def _validate(raw: Mapping[str, Any], faults: list[Fault]) -> Config:
         parts[name] = _choose(raw.get(name, default), name, registry, given, faults)
     _data_parts(raw.get("data", {}), parts, faults)
     _server_parts(raw.get("server", {}), parts, faults)
+    if parts["client"] is None and isinstance(raw.get("client"), Mapping) and not any(f.field == "client" for f in faults):
+        faults.extend(Fault("client", conflict) for conflict in client_conflicts(raw["client"]))
     _cross_check(raw, faults)
     noted = {fault.field for fault in faults}
     faults.extend(fault for fault in unusable_numbers(raw, "") if fault.field not in noted)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import logging
 import signal
 import time
 from dataclasses import replace
@@ -26,17 +25,15 @@ from dfed.state import ServerState
 
 __all__ = ["EXIT_STOPPED", "Leader", "execute", "follow"]
 
-logger = logging.getLogger(__name__)
-
 EXIT_STOPPED = 128 + signal.SIGTERM
 
 
-def execute(config: Config, *, folder: RunFolder | None, resume: bool, stop: StopFlag) -> int:
+def execute(config: Config, *, folder: RunFolder | None, state: ServerState | None, stop: StopFlag) -> int:
     """Carry out a run (collective over the launcher's processes). Returns the exit status: 0, or 143 after SIGTERM.
 
     Args:
         folder: Where the server writes; None on other ranks.
-        resume: Whether to go on from the folder's newest checkpoint.
+        state: Where the server goes on; None: from the start.
 
     Raises:
         DfedError: If the run cannot be carried out.
@@ -49,7 +46,7 @@ def execute(config: Config, *, folder: RunFolder | None, resume: bool, stop: Sto
         if not link.transport.is_server:
             return follow(run)
         assert folder is not None, "the server needs a run folder"
-        return Leader(run, folder, resume=resume, start=start).lead()
+        return Leader(run, folder, state=state, start=start).lead()
     finally:
         gc.unfreeze()
         link.transport.close()
@@ -60,13 +57,13 @@ class Leader:
 
     Args:
         folder: Where everything is written.
-        resume: Whether to go on from the folder's newest checkpoint.
+        state: Where to go on; None: from the start.
         start: ``time.perf_counter()`` when the run began.
     """
 
-    def __init__(self, run: Run, folder: RunFolder, *, resume: bool, start: float):
+    def __init__(self, run: Run, folder: RunFolder, *, state: ServerState | None, start: float):
         self._run, self._folder, self._config = run, folder, run.config
-        self.state = self._first_state(resume)
+        self.state = state or self._first_state()
         self._saved, self._stopped = self.state.round_index, False
         self._evaluation: Evaluation | None = None
         self._console = Console(run.config, run.job, run.link)
@@ -129,13 +126,8 @@ class Leader:
         checkpoint.save(self._folder.checkpoints, self.state, self._config.fingerprint(), settings.keep)
         self._saved = self.state.round_index
 
-    def _first_state(self, resume: bool) -> ServerState:
+    def _first_state(self) -> ServerState:
         run = self._run
-        if resume:
-            state = checkpoint.latest(self._folder.checkpoints, run.config.fingerprint())
-            if state is not None:
-                return state
-            logger.warning("%s holds no checkpoint yet: starting from round 0", self._folder.path)
         chain = materialise(run.chain.skeleton(), rng.torch_generator(run.config.seed, "init"))
         params = {name: value.detach() for name, value in chain.state_dict().items() if name in run.job.shapes}
         return replace(run.job.strategy.init(params), totals=empty_totals(run.job.fleet.tier_names))

@@ -22,12 +22,14 @@ class Phase:
         batch_size: Samples in a mini-batch.
         epochs: Passes over the client's data.
         steps: Optimiser steps, cycling over the client's data.
+        drop_last: Whether an epoch leaves out a last mini-batch that is not full, unless it is the only one.
         objective: The name under which a strategy's ``loss`` knows this phase.
     """
 
     batch_size: int
     epochs: int | None = None
     steps: int | None = None
+    drop_last: bool = False
     objective: str = "cross_entropy"
 
     def __post_init__(self) -> None:
@@ -38,15 +40,23 @@ class Phase:
         if self.steps is not None:
             return self.steps
         assert self.epochs is not None
-        return self.epochs * -(-num_samples // self.batch_size)
+        return self.epochs * self._epoch(num_samples)[0]
 
     def num_visits(self, num_samples: int) -> int:
         """Samples that pass through the model in this phase, repetitions counted."""
+        steps, visits = self._epoch(num_samples)
         if self.epochs is not None:
-            return self.epochs * num_samples
+            return self.epochs * visits
         assert self.steps is not None
-        whole, rest = divmod(self.steps, -(-num_samples // self.batch_size))
-        return whole * num_samples + rest * min(self.batch_size, num_samples)
+        whole, rest = divmod(self.steps, steps)
+        return whole * visits + rest * min(self.batch_size, num_samples)
+
+    def _epoch(self, num_samples: int) -> tuple[int, int]:
+        """Steps and visits of one epoch."""
+        full, rest = divmod(num_samples, self.batch_size)
+        if rest and (not self.drop_last or full == 0):
+            return full + 1, num_samples
+        return full, full * self.batch_size
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -78,6 +78,8 @@ class Permutation:
         return self.size
 
     def __getitem__(self, index: int) -> int:
+        if not 0 <= index < self.size:
+            raise IndexError(f"index must be at least 0 and less than {self.size}, but is {index}.")
         return int(self.take(np.asarray([index]))[0])
 
     def take(self, indices: np.ndarray) -> np.ndarray:

@@ -11,7 +11,7 @@ import yaml
 from dfed.errors import ConfigError, Fault
 from dfed.faults import shown
 
-__all__ = ["apply_override", "read_yaml"]
+__all__ = ["apply_override", "dump_yaml", "read_yaml"]
 
 _NUMBERS_AND_WORDS = {
     "bool": (r"true|True|TRUE|false|False|FALSE", "tTfF"),
@@ -40,6 +40,22 @@ class _Loader(yaml.SafeLoader):
 
 for _kind, (_pattern, _first) in _NUMBERS_AND_WORDS.items():
     _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_kind}", re.compile(rf"^(?:{_pattern})$"), list(_first))
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes every text that either this module's reader or another YAML 1.1 reader would take for something else."""
+
+    yaml_implicit_resolvers = {
+        first: [
+            *yaml.SafeDumper.yaml_implicit_resolvers.get(first, []), *_Loader.yaml_implicit_resolvers.get(first, []),
+        ]
+        for first in {*yaml.SafeDumper.yaml_implicit_resolvers, *_Loader.yaml_implicit_resolvers}
+    }
+
+
+def dump_yaml(value: Any) -> str:
+    """``value`` as YAML that :func:`read_yaml` reads back as it was."""
+    return yaml.dump(value, Dumper=_Dumper, sort_keys=False)
 
 
 def _unique_mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:

@@ -2,7 +2,7 @@
 
 from dfed.client.evaluation import Evaluation, Evaluator, combine
 from dfed.client.forms import Form, Forms
-from dfed.client.settings import ClientSettings, ScheduleSettings, make_optimizer
+from dfed.client.settings import ClientSettings, ScheduleSettings, client_conflicts, make_optimizer
 from dfed.client.training import LocalResult, Skeleton, run_plan
 from dfed.client.worker import ClientReport, Worker
 
@@ -17,6 +17,7 @@ __all__ = [
     "ScheduleSettings",
     "Skeleton",
     "Worker",
+    "client_conflicts",
     "combine",
     "make_optimizer",
     "run_plan",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, Literal
 
 import torch
@@ -13,7 +13,7 @@ from torch import nn
 from dfed.plan import Phase
 from dfed.settings import Settings
 
-__all__ = ["ClientSettings", "ScheduleSettings", "make_optimizer"]
+__all__ = ["ClientSettings", "ScheduleSettings", "client_conflicts", "make_optimizer"]
 
 _OPTIONS = {
     "sgd": ("momentum", "nesterov"),
@@ -46,6 +46,20 @@ class ScheduleSettings(Settings):
         return 1.0
 
 
+def client_conflicts(given: Mapping[str, Any]) -> list[str]:
+    """What is wrong with settings of local training taken together, whether or not each is valid by itself."""
+    optimizer = given.get("optimizer", "sgd")
+    conflicts = []
+    if given.get("epochs") is not None and given.get("steps") is not None:
+        conflicts.append("must give either `epochs` or `steps`, but gives both.")
+    if given.get("nesterov") is True and not given.get("momentum"):
+        conflicts.append("must have a `momentum` above 0 with `nesterov`, but has none.")
+    if optimizer in _OPTIONS:
+        useless = sorted({"momentum", "nesterov", "betas", "epsilon"} & given.keys() - set(_OPTIONS[optimizer]))
+        conflicts += [f"must leave out `{name}` with the optimiser '{optimizer}', but sets it." for name in useless]
+    return conflicts
+
+
 class ClientSettings(Settings):
     """Local training of every client.
 
@@ -74,20 +88,17 @@ class ClientSettings(Settings):
 
     @model_validator(mode="after")
     def _consistent(self) -> ClientSettings:
-        if self.epochs is not None and self.steps is not None:
-            raise ValueError("must give either `epochs` or `steps`, but gives both.")
-        if self.nesterov and self.momentum == 0:
-            raise ValueError("with `nesterov` must have a `momentum` above 0, but has 0.")
-        for name in sorted({"momentum", "nesterov", "betas", "epsilon"} & self.model_fields_set):
-            if name not in _OPTIONS[self.optimizer]:
-                raise ValueError(f"with the optimiser '{self.optimizer}' must not set `{name}`, which it has no use for.")
+        given = {name: getattr(self, name) for name in self.model_fields_set}
+        conflicts = client_conflicts(given)
+        if conflicts:
+            raise ValueError(" ".join(conflicts))
         return self
 
     @property
     def phases(self) -> tuple[Phase, ...]:
         """The configured local training as one phase."""
         epochs = self.epochs if self.epochs is not None or self.steps is not None else 1
-        return (Phase(batch_size=self.batch_size, epochs=epochs, steps=self.steps),)
+        return (Phase(batch_size=self.batch_size, epochs=epochs, steps=self.steps, drop_last=self.drop_last),)
 
 
 def make_optimizer(settings: ClientSettings, parameters: Iterable[nn.Parameter], factor: float) -> torch.optim.Optimizer:

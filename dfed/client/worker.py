@@ -201,7 +201,7 @@ class Worker:
             return client_batches(
                 self._dataset, indices, batch_size=phase.batch_size, epochs=phase.epochs, steps=phase.steps,
                 generator=rng.torch_generator(self._seed, *keys), augment=self._augment,
-                drop_last=self._settings.drop_last,
+                drop_last=phase.drop_last,
             )
 
         # A plan's peak is the same for every client, so clients without a budget need one measurement a plan.

@@ -25,13 +25,20 @@ CPU_OVERHEAD_BYTES = 6 * 2**20
 
 
 class _StorageWatch(TorchDispatchMode):
-    """Adds up the bytes of all storages alive; remembers the largest sum."""
+    """Adds up the bytes of all storages that came to life since :meth:`start`; remembers the largest sum."""
 
     def __init__(self) -> None:
         super().__init__()
         self.current_bytes = 0
         self.peak_bytes = 0
         self._alive: dict[int, int] = {}
+        self._given: set[int] = set()
+
+    def start(self) -> None:
+        """Count from here: storages that are there already count for nothing, whatever views of them are made."""
+        self._given = set(self._alive)
+        self._alive = dict.fromkeys(self._alive, 0)
+        self.current_bytes = self.peak_bytes = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
@@ -44,7 +51,7 @@ class _StorageWatch(TorchDispatchMode):
         handle = storage._cdata
         size = storage.nbytes()
         known = self._alive.get(handle)
-        if known == size:
+        if known == size or handle in self._given:
             return
         if known is None:
             weakref.finalize(storage, self._drop, handle)
@@ -54,6 +61,7 @@ class _StorageWatch(TorchDispatchMode):
 
     def _drop(self, handle: int) -> None:
         self.current_bytes -= self._alive.pop(handle)
+        self._given.discard(handle)
 
 
 def predict_peak(prepare: Callable[[], Prepared], work: Callable[[Prepared], object]) -> int:
@@ -65,7 +73,8 @@ def predict_peak(prepare: Callable[[], Prepared], work: Callable[[Prepared], obj
     """
     watch = _StorageWatch()
     with FakeTensorMode(allow_non_fake_inputs=False):
-        prepared = prepare()
         with watch:
+            prepared = prepare()
+            watch.start()
             work(prepared)
     return watch.peak_bytes

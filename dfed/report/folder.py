@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
 import dfed
 from dfed.checkpoint import params_sha256
@@ -24,8 +23,12 @@ from dfed.comm import Link
 from dfed.config import Config
 from dfed.errors import ConfigError, Fault
 from dfed.state import ServerState
+from dfed.yaml_io import dump_yaml
 
-__all__ = ["RunFolder"]
+__all__ = ["CHECKPOINTS", "RunFolder"]
+
+CHECKPOINTS = "checkpoint"
+"""Name of the folder, inside a run folder, that holds the checkpoints."""
 
 _TIER_SAMPLE = 1000
 _PACKAGES = ("torch", "torchvision", "numpy", "pydantic", "safetensors")
@@ -54,9 +57,8 @@ class RunFolder:
             raise ConfigError([Fault("--out", f"must be a new folder, or be continued with --resume, but {path} holds a run.")])
         try:
             path.mkdir(parents=True, exist_ok=True)
-            text = yaml.safe_dump(config.to_dict(), sort_keys=False)
             partial = path / ".config.yaml.partial"
-            partial.write_text(text, encoding="utf-8")
+            partial.write_text(dump_yaml(config.to_dict()), encoding="utf-8")
             partial.rename(path / "config.yaml")
         except OSError as error:
             raise ConfigError([Fault("--out", f"must be a folder that can be written, but {path} is not: {error.strerror}.")]) \
@@ -66,7 +68,7 @@ class RunFolder:
     @property
     def checkpoints(self) -> Path:
         """Where checkpoints go."""
-        return self.path / "checkpoint"
+        return self.path / CHECKPOINTS
 
     def write_environment(self, link: Link, config: Config) -> None:
         """Write what the run ran on: versions, commit, ranks, backend and why."""

@@ -26,7 +26,7 @@ def train(*arguments):
     return run_python(str(HERE / "memory_capped_training.py"), *arguments)
 
 
-SMALL = ["0.9T", "0.8T", "0.7T", "0.6T", "0.5T", "0.4T", "0.2T", "0.1T", str(MIB), "65536", "4096", "1", "0"]
+SMALL = ["0.9T", "0.8T", "0.7T", "0.6T", "0.5T", "0.4T", "0.2T", str(MIB), "65536", "4096", "1", "0"]
 
 
 @pytest.fixture(scope="module")
@@ -57,18 +57,15 @@ def test_training_after_many_ooms_gives_the_bits_of_an_undisturbed_process(distu
 
 
 def test_memory_returns_to_the_baseline(disturbed):
-    """A leak of one client's tensors would be T, 38 MiB. Allowed are 8 MiB over 14 replaced threads: a thread that is thrown
-    away leaves some 0.2 MiB (measured), and resident pages of code that ran for the first time count as well."""
+    """A leak of one client's tensors would be T, 38 MiB, each time. Allowed are, resident, 8 MiB over 12 replaced threads: each
+    leaves some 0.2 MiB (measured), and pages of code that ran for the first time count as well. The data segment moves by
+    whole stacks of 8 MiB besides: the C library keeps those of threads that ended, untouched, for the next ones."""
     reports = disturbed["runs"]
     assert disturbed["tensors"] > 30 * MIB
     baseline = reports[2]["before"]
     for report in reports[2:2 + len(SMALL)]:
-        for kind in ("data", "resident"):
-            assert abs(report["after"][kind] - baseline[kind]) < 8 * MIB, (kind, report)
-    # The kernel's counters, but also the threads: what is left after the last refusal is not growing with each.
-    first, last = reports[4]["after"], reports[1 + len(SMALL)]["after"]
-    assert last["resident"] - first["resident"] < 4 * MIB
-    assert last["data"] - first["data"] < 8 * MIB
+        assert abs(report["after"]["resident"] - baseline["resident"]) < 8 * MIB, report
+        assert abs(report["after"]["data"] - baseline["data"]) < 24 * MIB, report
 
 
 def test_measured_peak_agrees_with_the_prediction(disturbed):
@@ -80,12 +77,10 @@ def test_measured_peak_agrees_with_the_prediction(disturbed):
 
 
 def test_a_residual_network():
-    done = train("resnet18", "4", "fits", "0.85T", "fits")
-    first, refused, second = done["runs"]
+    done = train("resnet18", "4", "fits", "0.85T")
+    fitting, refused = done["runs"]
     assert refused["oom"]
-    assert first["hash"] == second["hash"]
-    for report in (first, second):  # as above
-        assert done["tensors"] - 2 * MIB <= report["peak"] <= done["tensors"] + CPU_OVERHEAD_BYTES
+    assert done["tensors"] - 2 * MIB <= fitting["peak"] <= done["tensors"] + CPU_OVERHEAD_BYTES  # as above
     assert abs(refused["after"]["resident"] - refused["before"]["resident"]) < 8 * MIB  # T is above 130 MiB
     assert done["tensors"] > 130 * MIB
 
@@ -184,6 +179,38 @@ def test_limits_of_the_process():
     assert abs(seen["peak off"] - 32 * MIB) < 2 * MIB
     assert seen["unmeasured"] is None
     assert seen["kinds"] == ["Uncapped", "Uncapped"]
+
+
+HOLES = """
+import ctypes, json, torch
+from dfed.memory import MemorySettings, is_out_of_memory, make_cap, malloc, measure
+MIB = 2**20
+libc = ctypes.CDLL(None)
+libc.malloc.restype, libc.malloc.argtypes, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_size_t], [ctypes.c_void_p]
+malloc.roomy()
+blocks = [libc.malloc(MIB) for _ in range(64)]
+for block in blocks[:-1]:
+    libc.free(block)  # a hole of 63 MiB in the heap, older than any cap
+cap = make_cap(MemorySettings(), torch.device("cpu"), has_budgets=True)
+seen = []
+for size in (1, 8, 24):
+    with cap.guard(size * MIB // 2):
+        try:
+            torch.ones(size * MIB // 4)
+            seen.append("passed")
+        except RuntimeError as error:
+            seen.append("refused" if is_out_of_memory(error) else repr(error))
+before = measure.data_segment_bytes()
+kept = torch.ones(8 * MIB)
+grown = measure.data_segment_bytes() - before  # without a cap the hole is to be had again
+print(json.dumps([seen, grown]))
+"""
+
+
+def test_a_hole_in_the_heap_is_no_way_around_the_cap():
+    seen, grown = run_python("-c", HOLES)
+    assert seen == ["refused"] * 3
+    assert grown < MIB
 
 
 MALLOC = """

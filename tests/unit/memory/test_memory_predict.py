@@ -1,0 +1,174 @@
+import gc
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from dfed.blocks import Splitting
+from dfed.client import ClientSettings, Forms
+from dfed.memory import measure, predict_peak
+from dfed.models import build_chain
+from dfed.plan import Plan
+from dfed.planner import Costs
+from dfed.strategies import Problem
+from dfed.strategies.fedavg import FedAvg
+
+KIB = 1024
+
+
+def block(kib):
+    return torch.empty(kib * KIB // 4)
+
+
+def nothing():
+    return None
+
+
+def one_after_another(_):
+    first = block(100)
+    del first
+    second = block(60)
+    third = block(30)
+    del second
+    return third
+
+
+def overlapping(_):
+    first, second = block(100), block(60)
+    del first
+    third = block(50)
+    return second, third
+
+
+def in_place(_):
+    value = block(100)
+    for _ in range(5):
+        value.add_(1).mul_(2)
+    value[3:7] = 0
+    return value
+
+
+def out_of_place(_):
+    value = block(100)
+    for _ in range(5):
+        value = value + 1  # the old one lives until the new one is there
+    return value
+
+
+def views(_):
+    value = block(100)
+    kept = value.view(10, -1)[3].t()  # keeps all 100 KiB
+    del value
+    other = block(10)
+    return kept, other
+
+
+def copies(_):
+    value = block(100)
+    kept = value.view(10, -1)[3].clone()
+    del value
+    return kept, block(95)
+
+
+def dtypes(_):
+    return torch.empty(KIB, dtype=torch.float64), torch.empty(KIB, dtype=torch.uint8), torch.empty(KIB, dtype=torch.bool)
+
+
+def saved_for_backward(_):
+    # 25 KiB each: x, x·x (saved by the second product), and the product.
+    x = block(25).requires_grad_()
+    y = x * x
+    z = y * y
+    del y  # the graph holds it
+    return z
+
+
+CASES = [
+    (one_after_another, 100), (overlapping, 160), (in_place, 100), (out_of_place, 200), (views, 110), (copies, 110),
+    (dtypes, 8 + 1 + 1), (saved_for_backward, 75), (lambda _: None, 0), (lambda _: torch.empty(0), 0),
+]
+
+
+@pytest.mark.parametrize(("work", "kib"), CASES)
+def test_lifetimes_by_hand(work, kib):
+    assert predict_peak(nothing, work) == kib * KIB
+
+
+def test_what_was_there_before_is_not_counted():
+    assert predict_peak(lambda: block(1000), lambda given: given + 1) == 1000 * KIB
+    assert predict_peak(lambda: block(1000), lambda given: given.add_(1)) == 0
+    assert predict_peak(lambda: block(1000), lambda given: given.view(10, -1)[2]) == 0
+    assert predict_peak(lambda: [block(1000)], lambda given: (given[0].mul_(2), block(7))) == 7 * KIB
+
+    def let_go(given):
+        given.pop()  # memory that was there before does not pay for what is new
+        return block(30)
+
+    assert predict_peak(lambda: [block(1000)], let_go) == 30 * KIB
+    # Tensors inside a module, where no container shows them.
+    model = nn.Linear(256, 256, bias=False)
+
+    def prepare():
+        made = nn.Linear(256, 256, bias=False)
+        made.weight.requires_grad_(False)
+        return made
+
+    assert predict_peak(prepare, lambda made: made.weight.mul_(0.5)) == 0
+    assert model.weight.device.type == "cpu"
+
+
+def test_a_training_step_by_hand():
+    rows, inputs, outputs = 64, 256, 128
+
+    def prepare():
+        return nn.Linear(inputs, outputs, bias=False), torch.empty(rows, inputs)
+
+    def work(given):
+        model, x = given
+        y = model(x)
+        y.backward(torch.ones_like(y))
+        model.weight.grad.mul_(0.1)
+
+    # Output and its gradient, then the weight's gradient beside them.
+    assert predict_peak(prepare, work) == 4 * (2 * rows * outputs + inputs * outputs)
+
+
+def test_values_and_repetition_do_not_matter():
+    def work(scale):
+        def body(x):
+            hidden = F.relu(x * scale)
+            return F.cross_entropy(hidden, torch.zeros(len(hidden), dtype=torch.int64))
+
+        return body
+
+    peaks = {predict_peak(lambda: torch.full((32, 100), value), work(scale)) for value in (0.0, 1e30) for scale in (1.0, -5.0)}
+    assert len(peaks) == 1
+    for _ in range(3):
+        assert predict_peak(nothing, overlapping) == 160 * KIB
+    with pytest.raises(ZeroDivisionError):
+        predict_peak(nothing, lambda _: 1 / 0)
+    assert predict_peak(nothing, overlapping) == 160 * KIB  # an exception leaves nothing behind
+    assert torch.empty(1).device.type == "cpu"
+    assert type(torch.empty(1)) is torch.Tensor  # no mode is left on
+
+
+def test_planning_a_huge_training_allocates_next_to_nothing():
+    chain = build_chain("resnet50", {}, input_shape=(3, 224, 224), num_classes=1000)
+    shapes = {name: tuple(t.shape) for name, t in chain.state_dict().items() if t.is_floating_point()}
+    splitting = Splitting.by_unit(chain.unit_names)
+    settings = ClientSettings(batch_size=128, momentum=0.9)
+    problem = Problem(chain=chain, splitting=splitting, phases=settings.phases, num_clients=1, rounds=1, seed=0,
+                      fits=lambda plan, budget: True)
+    strategy = FedAvg(problem)
+    costs = Costs(strategy, settings, Forms(strategy, splitting, shapes), chain.input_shape, torch.device("cpu"))
+    plan = Plan(client=0, hold=splitting.names, train=splitting.names, phases=settings.phases)
+    gc.collect()
+    before = measure.resident_bytes()
+    counted = measure.reset_peak_resident()
+    peak = costs.peak_bytes(plan)
+    highest = measure.peak_resident_bytes() if counted else measure.resident_bytes()
+    # Activations of ResNet-50 take some 80 MiB a sample (11 million outputs of convolutions, as many of the norms).
+    assert 8 * 2**30 < peak < 16 * 2**30
+    # The fake tensors, shape rules and code that are loaded for the first time: tens of MiB, not gigabytes.
+    assert highest - before < 400 * 2**20
