@@ -92,7 +92,9 @@ def run_dfed(folder: Path) -> None:
         follow(run)
         link.transport.close()
         return
-    leader = Leader(run, RunFolder.open(folder / "run", config, resume=False), state=None, start=start)
+    run_folder = RunFolder(folder / "run")
+    run_folder.create(config)
+    leader = Leader(run, run_folder, state=None, start=start)
     serve_turns(0, leader.round)
     print(f"dfed: ready after {time.perf_counter() - start:.0f} s in all", file=sys.stderr)
     leader.dismiss()

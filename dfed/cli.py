@@ -10,6 +10,7 @@ import argparse
 import logging
 import os
 import sys
+import time
 from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
@@ -19,7 +20,10 @@ from dfed.errors import ConfigError, DataError, DfedError, Fault
 
 __all__ = ["main"]
 
+logger = logging.getLogger(__name__)
+
 EXIT_FAILED, EXIT_CONFIG = 1, 2
+_RANK_0_SPEAKS_S = 5.0
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -36,13 +40,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return _list()
         words = [word for word in (options.config, *rest) if word is not None]
         return _run(words, options)
-    except ConfigError as error:
-        if rank == 0:
-            print(f"dfed: {error}", file=sys.stderr)
-        return EXIT_CONFIG
-    except DataError as error:
-        if rank == 0:
-            print(f"dfed: {error}", file=sys.stderr)
+    except (ConfigError, DataError) as error:
+        if rank != 0:
+            # Rank 0 has the same fault and says so; the launcher ends this rank as soon as it has. If not, it is ours alone.
+            time.sleep(_RANK_0_SPEAKS_S)
+        print(f"dfed: {'' if rank == 0 else f'rank {rank}: '}{error}", file=sys.stderr)
         return EXIT_CONFIG
     except DfedError as error:
         print(f"dfed: rank {rank}: {type(error).__name__}: {error}", file=sys.stderr)
@@ -77,10 +79,7 @@ def _run(words: list[str], options: argparse.Namespace) -> int:
     from dfed.config import load_config
     from dfed.leader import execute
     from dfed.report.folder import CHECKPOINTS, RunFolder
-    from dfed.run import StopFlag
 
-    stop = StopFlag()
-    stop.install()
     overrides = [word for word in words if "=" in word]
     files = [word for word in words if "=" not in word]
     if len(files) > 1:
@@ -104,5 +103,9 @@ def _run(words: list[str], options: argparse.Namespace) -> int:
         if resume is not None:
             # Before anything is written: a checkpoint of another config is refused, and its folder stays as it is.
             state = latest(resume / CHECKPOINTS, config.fingerprint())
-        folder = RunFolder.open(out, config, resume=resume is not None)
-    return execute(config, folder=folder, state=state, stop=stop)
+            if state is None:
+                logger.warning("%s holds no checkpoint yet: starting from round 0", resume)
+        folder = RunFolder(out)
+        if resume is None:
+            folder.check_new()
+    return execute(config, folder=folder, state=state)

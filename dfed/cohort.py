@@ -16,6 +16,7 @@ from dfed.data import Partition
 from dfed.fleet import Cost, Fleet, client_cost, round_time
 from dfed.plan import Plan
 from dfed.planner import Costs
+from dfed.registry import CODECS
 from dfed.server import ServerOptimizer
 from dfed.state import ServerState
 from dfed.strategies import Candidate, Strategy
@@ -115,10 +116,14 @@ def encode_order(job: Job, state: ServerState, cohort: Cohort) -> Message:
         tasks[str(cohort.ranks[client])].append(
             {"plan": plan.to_json(), "weight": weights[client], "budget_bytes": budget}
         )
-    held = {entry.name for plan in chosen.values() for entry in job.forms.of(plan).down}
-    sent_up = {entry.name for plan in chosen.values() for entry in job.forms.of(plan).up}
-    shapes = {name: shape for name, shape in job.shapes.items() if name in held}
-    entries, body_bytes = wire.layout(shapes, job.strategy.problem.splitting.block_of, lambda block: "fp32")
+    forms = [job.forms.of(plan) for plan in chosen.values()]
+    held = {(entry.name, entry.codec) for form in forms for entry in form.down}
+    sent_up = {entry.name for form in forms for entry in form.up}
+    block_of = job.strategy.problem.splitting.block_of
+    entries, body_bytes = wire.layout(
+        (name, block_of(name), codec, shape) for name, shape in job.shapes.items() for codec in sorted(CODECS)
+        if (name, codec) in held
+    )
     meta = {
         "round": state.round_index,
         "tasks": tasks,

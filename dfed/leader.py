@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import logging
 import signal
 import time
 from dataclasses import replace
@@ -11,7 +12,7 @@ from typing import Any
 import torch
 
 from dfed import checkpoint, rng
-from dfed.client import Evaluation, combine
+from dfed.client import DEFAULT_CODEC, Evaluation, combine
 from dfed.comm import Message, choose_device, join, wire
 from dfed.config import Config
 from dfed.errors import DfedError, RankLost
@@ -25,10 +26,12 @@ from dfed.state import ServerState
 
 __all__ = ["EXIT_STOPPED", "Leader", "execute", "follow"]
 
+logger = logging.getLogger(__name__)
+
 EXIT_STOPPED = 128 + signal.SIGTERM
 
 
-def execute(config: Config, *, folder: RunFolder | None, state: ServerState | None, stop: StopFlag) -> int:
+def execute(config: Config, *, folder: RunFolder | None, state: ServerState | None) -> int:
     """Carry out a run (collective over the launcher's processes). Returns the exit status: 0, or 143 after SIGTERM.
 
     Args:
@@ -40,7 +43,11 @@ def execute(config: Config, *, folder: RunFolder | None, state: ServerState | No
     """
     start = time.perf_counter()
     prepared = prepare(config, choose_device(config.backend))
+    if folder is not None:
+        folder.create(config)  # not before: what cannot run leaves nothing behind
     link = join(config.backend, prepared.device)
+    stop = StopFlag()
+    stop.install()  # not before: there was nothing to save, and a rank that waits for the others would not notice
     try:
         run = assemble(prepared, link, stop)
         if not link.transport.is_server:
@@ -64,7 +71,7 @@ class Leader:
     def __init__(self, run: Run, folder: RunFolder, *, state: ServerState | None, start: float):
         self._run, self._folder, self._config = run, folder, run.config
         self.state = state or self._first_state()
-        self._saved, self._stopped = self.state.round_index, False
+        self._saved, self._stopped, self._warned_empty = self.state.round_index, False, False
         self._evaluation: Evaluation | None = None
         self._console = Console(run.config, run.job, run.link)
         self._console.started(folder.path, self.state.round_index, time.perf_counter() - start)
@@ -107,7 +114,8 @@ class Leader:
         """One round with all that belongs to it: evaluation, metrics and checkpoint when they are due (collective)."""
         config = self._config
         result = lead_round(self._run.job, self.state)
-        done, self._stopped, self._evaluation = result.state.round_index, result.stop_requested, None
+        done, self._evaluation = result.state.round_index, None
+        self._stopped = result.stop_requested and done < config.rounds
         last = self._stopped or done == config.rounds
         if done % config.metrics.every == 0 or last:
             begun = time.perf_counter()
@@ -118,6 +126,10 @@ class Leader:
         self.state = replace(result.state, totals=add_totals(result.state.totals, result.row, result.clients))
         self._writer.write(result.row, result.clients)
         self._console.round_done(result.row)
+        if not result.clients and not self._warned_empty:
+            self._warned_empty = True
+            logger.warning("round %d had no client: %d were asked and had no plan, %d were not available", done - 1,
+                           result.row["clients"]["ineligible"], result.row["clients"]["unavailable"])
         if done % config.checkpoint.every == 0 or last:
             self._save()
 
@@ -135,7 +147,8 @@ class Leader:
     def _evaluate(self, state: ServerState | None = None) -> Evaluation:
         """Evaluate the global model on all ranks (collective)."""
         state, job = state or self.state, self._run.job
-        entries, body_bytes = wire.layout(job.shapes, job.strategy.problem.splitting.block_of, lambda block: "fp32")
+        block_of = job.strategy.problem.splitting.block_of
+        entries, body_bytes = wire.layout((n, block_of(n), DEFAULT_CODEC, shape) for n, shape in job.shapes.items())
         body = torch.zeros(body_bytes, dtype=torch.uint8)
         message = wire.encode("evaluate", {"round": state.round_index}, entries, state.params, body)
         shards = _evaluate_shard(self._run, self._run.transport.broadcast(message))

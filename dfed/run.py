@@ -141,7 +141,6 @@ def _job(prepared: Prepared, link: Link, stop: StopFlag) -> Job:
             forms=planning.forms, device=link.device, seed=config.seed,
             abandoned=lambda: stop.is_set and transport.abandoned(),
         )
-        worker.warm_up(prepared.chain)
     parameters = dict(planning.strategy.problem.chain.named_parameters())
     return Job(
         seed=config.seed, rounds=config.rounds, cohort=config.cohort, exchange=config.exchange,

@@ -1,12 +1,13 @@
 """The client's side: local training under a cap, and evaluation."""
 
 from dfed.client.evaluation import Evaluation, Evaluator, combine
-from dfed.client.forms import Form, Forms
+from dfed.client.forms import DEFAULT_CODEC, Form, Forms
 from dfed.client.settings import ClientSettings, ScheduleSettings, client_conflicts, make_optimizer
 from dfed.client.training import LocalResult, Skeleton, run_plan
 from dfed.client.worker import ClientReport, Worker
 
 __all__ = [
+    "DEFAULT_CODEC",
     "ClientReport",
     "ClientSettings",
     "Evaluation",

@@ -6,7 +6,7 @@ Bytes are those of the messages as they are encoded: the prefix and JSON header 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -20,12 +20,13 @@ from dfed.plan import Plan
 from dfed.region import Region
 from dfed.strategies import Strategy
 
-__all__ = ["PREFIX_BYTES", "Form", "Forms"]
+__all__ = ["DEFAULT_CODEC", "PREFIX_BYTES", "Form", "Forms"]
 
 PREFIX_BYTES = 24
 """Magic number, header length and body length, int64 each, before every message."""
 
-_DEFAULT_CODEC = "fp32"
+DEFAULT_CODEC = "fp32"
+"""The codec of a block that a plan does not name."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ class Form:
     def through_codecs(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """What the server would decode from the update, without the message; the tensors themselves where exact."""
         return {
-            entry.name: tensors[entry.name] if entry.codec == _DEFAULT_CODEC else _round_trip(entry, tensors[entry.name])
+            entry.name: tensors[entry.name] if entry.codec == DEFAULT_CODEC else _round_trip(entry, tensors[entry.name])
             for entry in self.up
         }
 
@@ -117,15 +118,17 @@ class Forms:
         held = {name: shape for name, shape in self._shapes.items() if self._splitting.block_of(name) in plan.hold}
         regions = {name: self._strategy.region(name, shape, plan) for name, shape in held.items()}
         parts = {name: regions[name].shape(shape) for name, shape in held.items()}
-        down, down_body_bytes = wire.layout(parts, self._splitting.block_of, _codec_table(plan.down))
+        down, down_body_bytes = self._layout(parts, plan.down)
         sent = {}
         for name, shape in parts.items():
             probe = self._strategy.upload(name, torch.empty(shape, device="meta"), regions[name], plan)
             if probe is not None:
                 sent[name] = tuple(probe.shape)
-        up, up_body_bytes = wire.layout(sent, self._splitting.block_of, _codec_table(plan.up))
+        up, up_body_bytes = self._layout(sent, plan.up)
         return Form(regions, down, up, down_body_bytes, up_body_bytes)
 
-
-def _codec_table(table: Mapping[str, str]) -> Callable[[str], str]:
-    return lambda block: table.get(block, _DEFAULT_CODEC)
+    def _layout(self, shapes: Mapping[str, tuple[int, ...]], codecs: Mapping[str, str]) -> tuple[tuple[Entry, ...], int]:
+        blocks = {name: self._splitting.block_of(name) for name in shapes}
+        return wire.layout(
+            (name, blocks[name], codecs.get(blocks[name], DEFAULT_CODEC), shape) for name, shape in shapes.items()
+        )

@@ -4,6 +4,9 @@ When memory runs out while oneDNN generates code, its code generator notes the f
 nobody clears, and every later kernel of that thread fails with "could not create a primitive". The rank therefore trains
 in a thread that it can throw away: after a client ran out of memory the next one gets a fresh thread. The rank's own
 thread, which evaluates and talks to the other ranks, is never touched.
+
+A fresh thread is warmed up before a client's memory is counted: libraries keep buffers for each thread (about 11 MiB of
+data segment), and OpenMP would start its pool under the client's limit, and end the process when it cannot.
 """
 
 from __future__ import annotations
@@ -18,27 +21,33 @@ __all__ = ["TrainingThread"]
 
 Result = TypeVar("Result")
 
+_PARALLEL = 65_536  # entries a thread for which torch shares out the work
+
 
 class TrainingThread:
     """A thread that runs one piece of work at a time, and can be replaced.
 
     Args:
         device: Made the current device of the thread, if it is a GPU.
+        warm_up: Run first in every fresh thread.
     """
 
-    def __init__(self, device: torch.device):
-        self._device = device
+    def __init__(self, device: torch.device, warm_up: Callable[[], None]):
+        self._device, self._warm_up = device, warm_up
         self._executor = self._start()
 
     def _start(self) -> ThreadPoolExecutor:
-        executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="dfed-training", initializer=self._enter)
-        # The thread's stack belongs to the data segment: it must be there before a cap is set.
-        executor.submit(lambda: None).result()
+        executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="dfed-training")
+        executor.submit(self._enter).result()
         return executor
 
     def _enter(self) -> None:
         if self._device.type == "cuda":
             torch.cuda.set_device(self._device)
+        num_threads = torch.get_num_threads()
+        if num_threads > 1:
+            torch.ones(num_threads * _PARALLEL).add_(1)  # large enough for the pool to be started
+        self._warm_up()
 
     def run(self, work: Callable[[], Result]) -> Result:
         """Run ``work`` in the thread and wait for it; its result, or its exception."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import logging
 import time
 import traceback
@@ -26,7 +27,6 @@ from dfed.comm.wire import Message
 from dfed.data import AUGMENTATIONS, Dataset, Partition, client_batches
 from dfed.errors import RankLost, UpdateRejected
 from dfed.memory import is_out_of_memory
-from dfed.models import Chain
 from dfed.plan import Phase, Plan
 from dfed.settings import format_bytes
 from dfed.strategies import Strategy
@@ -72,7 +72,7 @@ class _Down:
     """What one round's broadcast says, decoded once for all clients of the rank."""
 
     round_index: int
-    values: Mapping[str, Tensor]
+    values: Mapping[tuple[str, str], Tensor]
     scale: float
     ranges: Mapping[str, float]
     rate_factor: float
@@ -108,14 +108,14 @@ class Worker:
         self._seed, self._abandoned = seed, abandoned
         self._augment = AUGMENTATIONS[settings.augment]
         self._skeletons: dict[str, Skeleton] = {}
-        self._thread = TrainingThread(device)
+        self._thread = TrainingThread(device, self._warm_up)
         self._measured: set[str] = set()
         self._warned: set[tuple[str, int | None]] = set()
         self._sums: PartialSums | None = None
 
-    def warm_up(self, chain: Chain) -> None:
-        """Take one small step without a cap, so that libraries are loaded before a client's memory is counted."""
-        skeleton = Skeleton(chain.skeleton())
+    def _warm_up(self) -> None:
+        """One small step of the full model without a cap: loads what libraries load once, and keep for each thread."""
+        skeleton, chain = Skeleton(self._strategy.problem.chain.skeleton()), self._strategy.problem.chain
         empty = {name: torch.zeros(shape) for name, shape in self._shapes.items()}
         skeleton.load(empty, self._device)
         generator = _device_generator(self._device, self._seed, "warm-up")
@@ -148,7 +148,7 @@ class Worker:
             The clients' reports as JSON values, and their encoded updates if the exchange is per client.
         """
         meta = message.meta
-        down = _Down(meta["round"], wire.decode(message), meta["scale"], meta["ranges"], meta["rate_factor"],
+        down = _Down(meta["round"], wire.decode_all(message), meta["scale"], meta["ranges"], meta["rate_factor"],
                      meta["exchange"] == "per_client")
         reports, updates = [], []
         for task in tasks:
@@ -167,17 +167,18 @@ class Worker:
         start, update = time.perf_counter(), None
         try:
             tensors = self._thread.run(partial(self._train, plan, skeleton, form, task, down, report))
+            arrives = form.through_codecs(tensors)
             if down.per_client:
-                for name, value in tensors.items():
+                for name, value in arrives.items():
                     check_values(name, value, down.ranges[name])
                 update = form.encode_update(down.round_index, plan.client, tensors)
             else:
-                sums.add(form.through_codecs(tensors), form.regions, task["weight"] * down.scale, down.ranges)
+                sums.add(arrives, form.regions, task["weight"] * down.scale, down.ranges)
             report.bytes_up = form.up_bytes(down.round_index, plan.client)
         except (RankLost, KeyboardInterrupt):
             raise
         except UpdateRejected as error:
-            report.status, report.reason, report.detail = "failed", error.reason, str(error)
+            report.status, report.reason, report.detail, report.loss = "failed", error.reason, str(error), None
         except Exception as error:
             self._note_failure(error, report, task["budget_bytes"])
         finally:
@@ -193,11 +194,13 @@ class Worker:
     def _train(self, plan: Plan, skeleton: Skeleton, form: Form, task: Mapping[str, Any], down: _Down,
                report: ClientReport) -> dict[str, Tensor]:
         indices = self._partition.indices(plan.client)
-        values = {name: region.view(down.values[name]) for name, region in form.regions.items()}
+        values = {e.name: form.regions[e.name].view(down.values[e.name, e.codec]) for e in form.down}
         generator = _device_generator(self._device, self._seed, "layers", down.round_index, plan.client)
 
+        turns = itertools.count()  # two equal phases see the data in different orders
+
         def batches(phase: Phase) -> Iterable[tuple[Tensor, Tensor]]:
-            keys = ("batches", down.round_index, plan.client, plan.phases.index(phase))
+            keys = ("batches", down.round_index, plan.client, next(turns))
             return client_batches(
                 self._dataset, indices, batch_size=phase.batch_size, epochs=phase.epochs, steps=phase.steps,
                 generator=rng.torch_generator(self._seed, *keys), augment=self._augment,

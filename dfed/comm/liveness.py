@@ -24,24 +24,22 @@ class Liveness:
     """The roll of ranks in a store. Constructing it is collective: it waits until all ranks have signed in.
 
     Args:
-        store: The rendezvous store of the process group.
+        store: The rendezvous store of the process group, in which nobody has signed in before.
         rank, size: Of this process, and the number of processes.
-        attempt: The launcher's restart count, so that a restarted job does not read its predecessor's roll.
     """
 
-    def __init__(self, store: dist.Store, rank: int, size: int, attempt: str):
+    def __init__(self, store: dist.Store, rank: int, size: int):
         self._store, self._rank, self._size = store, rank, size
-        self._prefix = f"dfed/{attempt}"
-        store.set(f"{self._prefix}/pid/{rank}", f"{platform.node()} {os.getpid()}")
-        self._pids = [store.get(f"{self._prefix}/pid/{other}").decode().split() for other in range(size)]
+        store.set(f"pid/{rank}", f"{platform.node()} {os.getpid()}")
+        self._pids = [store.get(f"pid/{other}").decode().split() for other in range(size)]
 
     def find_dead(self) -> list[int]:
         """Ranks whose process is gone from this host, or that do not call in within 5 s, as far as can be told."""
         try:
-            self._store.set(f"{self._prefix}/alive/{self._rank}", "1")
+            self._store.set(f"alive/{self._rank}", "1")
             deadline = time.monotonic() + _CALL_IN_S
             while True:
-                silent = [r for r in range(self._size) if not self._store.check([f"{self._prefix}/alive/{r}"])]
+                silent = [r for r in range(self._size) if not self._store.check([f"alive/{r}"])]
                 gone = [r for r in silent if self._is_gone(r)]
                 if gone or not silent:
                     return gone
@@ -55,7 +53,7 @@ class Liveness:
     def abandoned(self) -> bool:
         """Whether another rank has found the job broken, or a rank of this host is gone."""
         try:
-            called = [r for r in range(self._size) if self._store.check([f"{self._prefix}/alive/{r}"])]
+            called = [r for r in range(self._size) if self._store.check([f"alive/{r}"])]
         except (RuntimeError, ValueError):
             return True
         return bool(called) or any(self._is_gone(r) for r in range(self._size))
@@ -63,7 +61,7 @@ class Liveness:
     def leave(self) -> None:
         """Sign out: a rank that left in good order is not counted as dead by those still leaving."""
         try:
-            self._store.set(f"{self._prefix}/alive/{self._rank}", "1")
+            self._store.set(f"alive/{self._rank}", "1")
         except (RuntimeError, ValueError):
             return
 

@@ -150,6 +150,7 @@ class PartialSums:
             UpdateRejected: If an entry is not finite or out of range.
         """
         for name, value in update.items():
+            assert tuple(value.shape) == regions[name].shape(self.shapes[name]), f"{name}: {tuple(value.shape)}"
             check_values(name, value, ranges[name])
         for name, value in update.items():
             if name not in self._offsets:

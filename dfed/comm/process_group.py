@@ -73,8 +73,10 @@ def join(settings: BackendSettings, device: torch.device) -> Link:
     timeout = datetime.timedelta(seconds=settings.timeout_s)
     store, rank, size = next(dist.rendezvous("env://", timeout=timeout))
     store.set_timeout(timeout)
-    liveness = Liveness(store, rank, size, os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
-    backend, reason = _choose_backend(settings, device, _places(store, rank, size, device))
+    # A launcher that starts a job again keeps its store: what the ranks of the last attempt wrote there must not be read.
+    store = dist.PrefixStore(f"dfed/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    liveness = Liveness(store, rank, size)
+    backend, reason = _choose_backend(settings, _places(store, rank, size, device))
     own_store = dist.PrefixStore("process_group", store)
     options: dict[str, Any] = {"device_id": device} if backend == "nccl" else {}
     dist.init_process_group(backend, store=own_store, rank=rank, world_size=size, timeout=timeout, **options)
@@ -100,13 +102,16 @@ def choose_device(settings: BackendSettings) -> torch.device:
 
 
 def _places(store: dist.Store, rank: int, size: int, device: torch.device) -> list[str]:
-    """Host and device of every rank, by rank (collective)."""
-    store.set(f"dfed/place/{rank}", f"{platform.node()} {device}")
-    return [store.get(f"dfed/place/{other}").decode() for other in range(size)]
+    """Where every rank trains, by rank (collective): kind of device, host, and the GPU's own identity."""
+    identity = torch.cuda.get_device_properties(device).uuid if device.type == "cuda" else ""
+    store.set(f"place/{rank}", f"{device.type} {platform.node()} {identity}".strip())
+    return [store.get(f"place/{other}").decode() for other in range(size)]
 
 
-def _choose_backend(settings: BackendSettings, device: torch.device, places: list[str]) -> tuple[str, str]:
-    own_gpu = device.type == "cuda" and len(set(places)) == len(places)
+def _choose_backend(settings: BackendSettings, places: list[str]) -> tuple[str, str]:
+    """The backend and why; from what all ranks know, so that all choose alike."""
+    on_gpu = [place.startswith("cuda") for place in places]
+    own_gpu = all(on_gpu) and len(set(places)) == len(places)
     if settings.name == "nccl" and not own_gpu:
         raise ConfigError([Fault("backend.name", f"must be 'auto' or 'gloo' where ranks share a device or train on the "
                                                  f"CPU ({', '.join(sorted(set(places)))}), but is 'nccl'.")])
@@ -114,6 +119,8 @@ def _choose_backend(settings: BackendSettings, device: torch.device, places: lis
         return settings.name, "backend.name asks for it"
     if own_gpu and dist.is_nccl_available():
         return "nccl", "every rank has a GPU of its own"
-    if device.type == "cuda":
+    if own_gpu:
+        return "gloo", "this build of torch has no NCCL"
+    if all(on_gpu):
         return "gloo", "ranks share a GPU, which NCCL refuses"
-    return "gloo", "ranks train on the CPU"
+    return "gloo", "ranks train on the CPU" if not any(on_gpu) else "some ranks train on the CPU"

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,18 @@ from dfed.comm.codecs import Codec
 from dfed.errors import WireError
 from dfed.registry import CODECS
 
-__all__ = ["ALIGNMENT", "Entry", "Message", "codec_of", "decode", "decode_header", "encode", "encode_header", "layout"]
+__all__ = [
+    "ALIGNMENT",
+    "Entry",
+    "Message",
+    "codec_of",
+    "decode",
+    "decode_all",
+    "decode_header",
+    "encode",
+    "encode_header",
+    "layout",
+]
 
 ALIGNMENT = 64
 MAX_HEADER_BYTES = 1 << 28
@@ -86,14 +97,10 @@ def codec_of(name: str) -> Codec:
     return _codecs[name]
 
 
-def layout(
-    shapes: Mapping[str, tuple[int, ...]], block_of: Callable[[str], str], codec_of_block: Callable[[str], str]
-) -> tuple[tuple[Entry, ...], int]:
-    """Places for tensors of these shapes in one body. Returns the entries and the body's length in bytes."""
+def layout(tensors: Iterable[tuple[str, str, str, tuple[int, ...]]]) -> tuple[tuple[Entry, ...], int]:
+    """Places in one body for tensors given as (name, block, codec, shape). Returns the entries and the body's length."""
     entries, offset = [], 0
-    for name, shape in shapes.items():
-        block = block_of(name)
-        codec = codec_of_block(block)
+    for name, block, codec, shape in tensors:
         num_bytes = codec_of(codec).num_bytes(shape)
         entries.append(Entry(name, block, codec, tuple(shape), offset, num_bytes))
         offset += -(-num_bytes // ALIGNMENT) * ALIGNMENT
@@ -110,20 +117,27 @@ def encode(
     return Message(kind, meta, entries, body)
 
 
-def decode(message: Message, names: Iterable[str] | None = None) -> dict[str, Tensor]:
-    """The message's tensors (or those of ``names``) as float32; they may share memory with the body.
+def decode(message: Message) -> dict[str, Tensor]:
+    """The message's tensors by name, float32, where each is there in one codec; they may share memory with the body.
 
     Raises:
-        WireError: If an entry does not fit its codec or the body, or a name is not in the message.
+        WireError: If an entry does not fit its codec or the body, or a tensor is there in two codecs.
     """
-    entries = {entry.name: entry for entry in message.entries}
-    wanted = list(entries if names is None else names)
-    missing = [name for name in wanted if name not in entries]
-    if missing:
-        raise WireError(f"message '{message.kind}' lacks the tensor '{missing[0]}'.")
+    values = decode_all(message)
+    if len({name for name, _ in values}) != len(values):
+        raise WireError(f"message '{message.kind}' must hold each tensor once, but holds one in several codecs.")
+    return {name: value for (name, _), value in values.items()}
+
+
+def decode_all(message: Message) -> dict[tuple[str, str], Tensor]:
+    """The message's tensors by name and codec, float32; they may share memory with the body.
+
+    Raises:
+        WireError: If an entry does not fit its codec or the body.
+    """
     return {
-        name: codec_of(entries[name].codec).decode(_part(message.body, entries[name]), entries[name].shape)
-        for name in wanted
+        (entry.name, entry.codec): codec_of(entry.codec).decode(_part(message.body, entry), entry.shape)
+        for entry in message.entries
     }
 
 
@@ -155,8 +169,8 @@ def decode_header(data: Tensor) -> dict[str, Any]:
     if header["body_bytes"] < 0:
         raise WireError(f"header field `body_bytes` must be at least 0, but is {header['body_bytes']}.")
     header["entries"] = tuple(_entry(value, header["body_bytes"]) for value in header["entries"])
-    if len({entry.name for entry in header["entries"]}) != len(header["entries"]):
-        raise WireError("a header must name each tensor once, but names one twice.")
+    if len({(entry.name, entry.codec) for entry in header["entries"]}) != len(header["entries"]):
+        raise WireError("a header must name each tensor once for each codec, but names one twice.")
     return header
 
 

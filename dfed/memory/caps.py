@@ -11,9 +11,9 @@ where it stood at the start (pages; the kernel's own counters may lag by about 1
 measurement (None).
 
 **Grey zone.** Close to a plan's peak the verdict may depend on what ran on the rank before. Let T be the predicted peak of
-the plan's tensors and C the library overhead (``CPU_OVERHEAD_BYTES`` on the CPU): a budget below T·(1 − GREY_ZONE) is always
-too small, one above T·(1 + GREY_ZONE) + C always enough. Configs whose results must be the same on any number of ranks keep
-their budgets out of what lies between.
+the plan's tensors and C the library overhead (``CPU_OVERHEAD_BYTES`` on the CPU, 0 on CUDA). A budget below
+T·(1 − GREY_ZONE) − C is always too small, one above T·(1 + GREY_ZONE) + C always enough. Configs whose results must be the
+same on any number of ranks keep their budgets out of what lies between.
 """
 
 from __future__ import annotations

@@ -47,8 +47,9 @@ def roomy() -> bool:
     if not is_glibc():
         return False
     libc = _libc()
-    # A fixed trim threshold also stops glibc from adapting either threshold by itself.
-    return libc.mallopt(_M_MMAP_THRESHOLD, _ROOMY_BYTES) == 1 and libc.mallopt(_M_TRIM_THRESHOLD, _ROOMY_BYTES) == 1
+    # Older versions take no threshold above 32 MiB. A fixed one also stops glibc from adapting it by itself.
+    large = libc.mallopt(_M_MMAP_THRESHOLD, _ROOMY_BYTES) == 1 or libc.mallopt(_M_MMAP_THRESHOLD, 32 << 20) == 1
+    return large and libc.mallopt(_M_TRIM_THRESHOLD, _ROOMY_BYTES) == 1
 
 
 def trim() -> None:

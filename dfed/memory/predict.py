@@ -72,9 +72,8 @@ def predict_peak(prepare: Callable[[], Prepared], work: Callable[[Prepared], obj
         work: Gets what ``prepare`` returned. It must not look at the values of tensors. What it returns is dropped.
     """
     watch = _StorageWatch()
-    with FakeTensorMode(allow_non_fake_inputs=False):
-        with watch:
-            prepared = prepare()
-            watch.start()
-            work(prepared)
+    with FakeTensorMode(allow_non_fake_inputs=False), watch:
+        prepared = prepare()
+        watch.start()
+        work(prepared)
     return watch.peak_bytes

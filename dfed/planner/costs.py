@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -38,7 +39,7 @@ class Costs:
         self._strategy, self._settings, self._forms, self._input_shape = strategy, settings, forms, input_shape
         self._overhead_bytes = CPU_OVERHEAD_BYTES if device.type == "cpu" else 0
         self._peaks: dict[str, int] = {}
-        self._flops: dict[str, float] = {}
+        self._flops: dict[str, list[float]] = {}
 
     def peak_bytes(self, plan: Plan) -> int:
         """Predicted peak of the plan's training at its full batch size, in bytes, libraries' overhead included."""
@@ -59,11 +60,12 @@ class Costs:
         )
 
     def flops(self, plan: Plan, num_samples: int) -> float:
-        """Floating-point operations of the plan's training on ``num_samples`` samples (products and sums counted apart)."""
+        """Floating-point operations of the plan's training on ``num_samples`` samples (a product and a sum are two)."""
         key = plan.shape_key()
         if key not in self._flops:
-            self._flops[key] = self._count_flops(plan)
-        return self._flops[key] * sum(phase.num_visits(num_samples) for phase in plan.phases)
+            self._flops[key] = [self._flops_per_visit(replace(plan, phases=(phase,))) for phase in plan.phases]
+        visits = (phase.num_visits(num_samples) for phase in plan.phases)
+        return sum(per_visit * count for per_visit, count in zip(self._flops[key], visits, strict=True))
 
     def _payload(self, plan: Plan) -> dict[str, Tensor]:
         return {entry.name: torch.empty(entry.shape) for entry in self._forms.of(plan).down}
@@ -84,7 +86,7 @@ class Costs:
             rate_factor=1.0, device=torch.device("cpu"), generator=torch.Generator(),
         )
 
-    def _count_flops(self, plan: Plan) -> float:
+    def _flops_per_visit(self, plan: Plan) -> float:
         counter, skeleton = FlopCounterMode(display=False), Skeleton(self._strategy.build(plan))
 
         def work(values: dict[str, Tensor]) -> None:
@@ -92,4 +94,4 @@ class Costs:
                 self._train(plan, skeleton, values, batch_size=_FLOP_BATCH, steps=1)
 
         predict_peak(lambda: self._payload(plan), work)
-        return counter.get_total_flops() / (_FLOP_BATCH * len(plan.phases))
+        return counter.get_total_flops() / _FLOP_BATCH

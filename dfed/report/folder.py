@@ -45,25 +45,30 @@ class RunFolder:
     def __init__(self, path: Path):
         self.path = path
 
-    @classmethod
-    def open(cls, path: Path, config: Config, *, resume: bool) -> RunFolder:
-        """Make the folder and write the resolved config into it.
+    def check_new(self) -> None:
+        """Refuse a folder that holds a run already.
 
         Raises:
-            ConfigError: If it cannot be written, or holds a run already and ``resume`` is false.
+            ConfigError: If it does.
         """
-        folder = cls(path)
-        if not resume and (path / "config.yaml").exists():
-            raise ConfigError([Fault("--out", f"must be a new folder, or be continued with --resume, but {path} holds a run.")])
+        if (self.path / "config.yaml").exists():
+            message = f"must be a new folder, or be continued with --resume, but {self.path} holds a run."
+            raise ConfigError([Fault("--out", message)])
+
+    def create(self, config: Config) -> None:
+        """Make the folder, if need be, and write the resolved config into it.
+
+        Raises:
+            ConfigError: If it cannot be written.
+        """
         try:
-            path.mkdir(parents=True, exist_ok=True)
-            partial = path / ".config.yaml.partial"
+            self.path.mkdir(parents=True, exist_ok=True)
+            partial = self.path / ".config.yaml.partial"
             partial.write_text(dump_yaml(config.to_dict()), encoding="utf-8")
-            partial.rename(path / "config.yaml")
+            partial.rename(self.path / "config.yaml")
         except OSError as error:
-            raise ConfigError([Fault("--out", f"must be a folder that can be written, but {path} is not: {error.strerror}.")]) \
-                from error
-        return folder
+            message = f"must be a folder that can be written, but {self.path} is not: {error.strerror}."
+            raise ConfigError([Fault("--out", message)]) from error
 
     @property
     def checkpoints(self) -> Path:

@@ -7,9 +7,11 @@ from dfed.client.thread import TrainingThread
 
 
 def test_work_runs_in_one_thread_that_can_be_replaced():
-    thread = TrainingThread(torch.device("cpu"))
+    warmed = []
+    thread = TrainingThread(torch.device("cpu"), lambda: warmed.append(threading.get_ident()))
     first = thread.run(threading.get_ident)
     assert first != threading.get_ident()
+    assert warmed == [first]
     assert thread.run(threading.get_ident) == first
     with pytest.raises(KeyError, match="boom"):
         thread.run(lambda: {}["boom"])
@@ -24,6 +26,7 @@ def test_work_runs_in_one_thread_that_can_be_replaced():
         seen.add(thread.run(lambda: id(threading.current_thread())))
         assert threading.active_count() == before  # none is left behind
     assert len(seen) > 1
+    assert len(warmed) == 4  # every fresh thread, before anything else
     thread.close()
     assert threading.active_count() == before - 1
     with pytest.raises(RuntimeError):
@@ -31,7 +34,7 @@ def test_work_runs_in_one_thread_that_can_be_replaced():
 
 
 def test_gradients_and_modes_of_the_caller_do_not_leak_in():
-    thread = TrainingThread(torch.device("cpu"))
+    thread = TrainingThread(torch.device("cpu"), lambda: None)
     with torch.inference_mode():
         assert thread.run(torch.is_grad_enabled)
         assert not thread.run(torch.is_inference_mode_enabled)

@@ -60,28 +60,31 @@ def test_a_gpu_that_is_not_there_is_a_fault(monkeypatch):
     assert choose_device(BackendSettings()) == choose_device(BackendSettings(device="cpu")) == CPU
 
 
-APART, SHARED, NO_GPU = ["n cuda:0", "n cuda:1", "m cuda:0"], ["n cuda:0", "n cuda:0"], ["n cpu", "n cpu"]
+APART, SHARED, NO_GPU = ["cuda n 1", "cuda n 2", "cuda m 3"], ["cuda n 1", "cuda n 1"], ["cpu n", "cpu n"]
+MIXED = ["cuda n 1", "cpu m"]
 
 
-@pytest.mark.parametrize(("name", "device", "places", "backend", "reason"), [
-    ("auto", GPU, APART, "nccl", "a GPU of its own"),
-    ("auto", GPU, SHARED, "gloo", "share a GPU"),
-    ("auto", CPU, NO_GPU, "gloo", "on the CPU"),
-    ("gloo", GPU, APART, "gloo", "asks for it"),
-    ("gloo", CPU, NO_GPU, "gloo", "asks for it"),
-    ("nccl", GPU, APART, "nccl", "asks for it"),
+@pytest.mark.parametrize(("name", "places", "has_nccl", "backend", "reason"), [
+    ("auto", APART, True, "nccl", "a GPU of its own"),
+    ("auto", APART, False, "gloo", "no NCCL"),
+    ("auto", SHARED, True, "gloo", "share a GPU"),
+    ("auto", NO_GPU, True, "gloo", "on the CPU"),
+    ("auto", MIXED, True, "gloo", "some ranks"),
+    ("gloo", APART, True, "gloo", "asks for it"),
+    ("gloo", NO_GPU, True, "gloo", "asks for it"),
+    ("nccl", APART, True, "nccl", "asks for it"),
 ])
-def test_backend_choice(monkeypatch, name, device, places, backend, reason):
-    monkeypatch.setattr(torch.distributed, "is_nccl_available", lambda: True)
-    chosen, why = _choose_backend(BackendSettings(name=name), device, places)
+def test_backend_choice(monkeypatch, name, places, has_nccl, backend, reason):
+    monkeypatch.setattr(torch.distributed, "is_nccl_available", lambda: has_nccl)
+    chosen, why = _choose_backend(BackendSettings(name=name), places)
     assert chosen == backend
     assert reason in why
 
 
-@pytest.mark.parametrize(("device", "places"), [(GPU, SHARED), (CPU, NO_GPU), (CPU, ["n cpu", "m cpu"])])
-def test_nccl_is_refused_without_a_gpu_for_each_rank(device, places):
+@pytest.mark.parametrize("places", [SHARED, NO_GPU, MIXED])
+def test_nccl_is_refused_without_a_gpu_for_each_rank(places):
     with pytest.raises(ConfigError, match=r"`backend\.name` must be 'auto' or 'gloo' .* but is 'nccl'"):
-        _choose_backend(BackendSettings(name="nccl"), device, places)
+        _choose_backend(BackendSettings(name="nccl"), places)
 
 
 def test_backend_settings():

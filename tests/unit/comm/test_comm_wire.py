@@ -18,13 +18,16 @@ def block_of(name):
     return name.partition(".")[0]
 
 
+PLACES = [(name, block_of(name), CODEC_OF[block_of(name)], shape) for name, shape in SHAPES.items()]
+
+
 def tensors():
     generator = torch_generator(2, "test")
     return {name: torch.randn(shape, generator=generator) for name, shape in SHAPES.items()}
 
 
 def message(meta=None):
-    entries, length = wire.layout(SHAPES, block_of, CODEC_OF.get)
+    entries, length = wire.layout(PLACES)
     body = torch.zeros(length, dtype=torch.uint8)
     return wire.encode("update", meta if meta is not None else {"round": 3, "client": 7}, entries, tensors(), body)
 
@@ -42,7 +45,7 @@ def header_bytes(value):
 
 
 def test_layout_is_aligned_gapless_and_exact():
-    entries, length = wire.layout(SHAPES, block_of, CODEC_OF.get)
+    entries, length = wire.layout(PLACES)
     assert [entry.name for entry in entries] == list(SHAPES)
     expected = 0
     for entry in entries:
@@ -52,7 +55,7 @@ def test_layout_is_aligned_gapless_and_exact():
         assert entry.num_bytes == wire.codec_of(entry.codec).num_bytes(SHAPES[entry.name])
         expected = -(-(entry.offset + entry.num_bytes) // ALIGNMENT) * ALIGNMENT
     assert length == expected
-    assert wire.layout({}, block_of, CODEC_OF.get) == ((), 0)
+    assert wire.layout([]) == ((), 0)
 
 
 def test_message_survives_the_wire():
@@ -64,13 +67,13 @@ def test_message_survives_the_wire():
     dtypes = {"a": torch.float32, "b": torch.float16, "c": torch.bfloat16}
     for name, value in tensors().items():
         assert torch.equal(decoded[name], value.to(dtypes[block_of(name)]).float())
-    some = wire.decode(got, ["c.weight", "a.bias"])
-    assert list(some) == ["c.weight", "a.bias"]
-    assert torch.equal(some["c.weight"], decoded["c.weight"])
     empty = received(Message("stop", {}, (), torch.empty(0, dtype=torch.uint8)))
     assert (empty.kind, wire.decode(empty)) == ("stop", {})
-    with pytest.raises(WireError, match=r"message 'update' lacks the tensor 'd\.weight'"):
-        wire.decode(got, ["a.bias", "d.weight"])
+    twice, length = wire.layout([("x", "x", "fp32", (3,)), ("x", "x", "fp16", (3,))])
+    both = received(wire.encode("round", {}, twice, {"x": torch.ones(3)}, torch.zeros(length, dtype=torch.uint8)))
+    assert set(wire.decode_all(both)) == {("x", "fp32"), ("x", "fp16")}
+    with pytest.raises(WireError, match="once, but holds one in several codecs"):
+        wire.decode(both)
 
 
 def test_a_body_that_is_too_short_is_refused():
@@ -78,8 +81,8 @@ def test_a_body_that_is_too_short_is_refused():
     last = sent.entries[-1]
     assert last.name == "c.weight"
     for length in range(0, last.offset + last.num_bytes, 16):
-        with pytest.raises(WireError, match="must be .* bytes, but are"):
-            wire.decode(Message(sent.kind, sent.meta, sent.entries, sent.body[:length]), ["c.weight"])
+        with pytest.raises(WireError, match=r"must be .* bytes, but are"):
+            wire.decode(Message(sent.kind, sent.meta, sent.entries, sent.body[:length]))
 
 
 ENTRY = ["a", "a", "fp32", [2], 0, 8]
@@ -197,9 +200,8 @@ def test_mutated_headers_are_refused_or_valid():
             continue
         try:
             header = wire.decode_header(header_bytes(text))
-        except WireError as error:
+        except WireError:
             refused += 1
-            assert str(error).endswith(".")
             continue
         accepted += 1
         # What passes is complete and possible: every tensor lies inside the body that the header announces.

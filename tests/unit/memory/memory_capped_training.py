@@ -53,7 +53,7 @@ class Training:
         self.values = {name: value.detach() for name, value in full.state_dict().items() if name in shapes}
         self.skeleton = Skeleton(self.chain.skeleton())
         self.cap = make_cap(MemorySettings(), CPU, has_budgets=True)
-        self.thread = TrainingThread(CPU)
+        self.thread = TrainingThread(CPU, self._warm_up)
 
     def budget(self, text: str) -> int | None:
         if text == "none":
@@ -72,10 +72,10 @@ class Training:
         return run_plan(self.strategy, self.plan, self.skeleton, self.values, self.regions, batches, self.settings,
                         rate_factor=1.0, device=CPU, generator=None)
 
-    def warm(self) -> None:
-        """A small step without a cap: a fresh thread's libraries take several MiB of buffers for themselves."""
+    def _warm_up(self) -> None:
+        """A small step without a cap, as a worker takes it in each fresh thread."""
         try:
-            self.thread.run(lambda: self._run(lambda phase: self._batches(phase, 2)))
+            self._run(lambda phase: self._batches(phase, 2))
         finally:
             self.skeleton.unload()
 
@@ -113,12 +113,9 @@ def usage() -> dict:
 
 def main(model: str, batch: str, *budgets: str) -> None:
     training = Training(model, int(batch))
-    training.warm()
     training.run(None)
     runs = []
     for text in budgets:
-        if text == "fits" and runs and "error" in runs[-1]:
-            training.warm()
         runs.append(training.run(training.budget(text)))
     print(json.dumps({"tensors": training.tensor_bytes, "runs": runs}))
 

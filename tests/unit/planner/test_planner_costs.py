@@ -47,7 +47,8 @@ def test_flops_of_a_cnn_by_hand():
     hidden, head = 6 * 2 * 2 * 10, 10 * 5
     per_sample = 2 * (2 * conv0 + 3 * (conv1 + hidden + head))
     assert costs.flops(plan, 7) == 7 * per_sample
-    two = Plan(client=0, hold=plan.hold, train=plan.train, phases=(Phase(batch_size=4, epochs=1), Phase(batch_size=2, epochs=2)))
+    phases = (Phase(batch_size=4, epochs=1), Phase(batch_size=2, epochs=2))
+    two = Plan(client=0, hold=plan.hold, train=plan.train, phases=phases)
     assert costs.flops(two, 7) == 3 * 7 * per_sample
 
 
