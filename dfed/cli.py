@@ -76,6 +76,7 @@ def _list() -> int:
 
 def _run(words: list[str], options: argparse.Namespace) -> int:
     from dfed.checkpoint import latest
+    from dfed.comm import choose_device
     from dfed.config import load_config
     from dfed.leader import execute
     from dfed.report.folder import CHECKPOINTS, RunFolder
@@ -102,7 +103,7 @@ def _run(words: list[str], options: argparse.Namespace) -> int:
     if int(os.environ.get("RANK", "0")) == 0:
         if resume is not None:
             # Before anything is written: a checkpoint of another config is refused, and its folder stays as it is.
-            state = latest(resume / CHECKPOINTS, config.fingerprint())
+            state = latest(resume / CHECKPOINTS, config.fingerprint(choose_device(config.backend).type))
             if state is None:
                 logger.warning("%s holds no checkpoint yet: starting from round 0", resume)
         folder = RunFolder(out)

@@ -129,7 +129,7 @@ def encode_order(job: Job, state: ServerState, cohort: Cohort) -> Message:
         "tasks": tasks,
         "exchange": job.exchange,
         "scale": weight_scale(sum(weights.values())),
-        "ranges": {name: value_range(state.params[name]) for name in sent_up},
+        "ranges": {name: value_range(state.params[name]) for name in job.shapes if name in sent_up},
         "rate_factor": job.rate_factor(state.round_index),
         "up_names": [name for name in job.shapes if name in sent_up],
     }

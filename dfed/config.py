@@ -126,8 +126,11 @@ class Config:
             "checkpoint": self.checkpoint.model_dump(),
         }
 
-    def fingerprint(self) -> str:
+    def fingerprint(self, device: str = "cpu") -> str:
         """Hash of what decides the trained bits: a checkpoint is only continued under the same one.
+
+        Args:
+            device: Kind of device that clients train on, ``cpu`` or ``cuda``; part of the hash.
 
         Not part of it: where data lie, how ranks talk, what is measured and saved, how many failures end the run, and the
         number of rounds, which may be extended unless the learning rate follows it.
@@ -138,6 +141,7 @@ class Config:
         for name in ("root", "cache", "download"):
             del value["data"][name]
         del value["server"]["max_failed_fraction"]
+        value["device"] = device
         value["threads"] = self.backend.threads  # sums inside kernels depend on how they are shared out
         if self.client.schedule.name != "cosine":
             del value["rounds"]

@@ -15,7 +15,7 @@ from dfed import checkpoint, rng
 from dfed.client import DEFAULT_CODEC, Evaluation, combine
 from dfed.comm import Message, choose_device, join, wire
 from dfed.config import Config
-from dfed.errors import DfedError, RankLost
+from dfed.errors import CheckpointError, RankLost, WireError
 from dfed.metrics import MetricsWriter, add_totals, empty_totals
 from dfed.models import materialise
 from dfed.report.console import Console
@@ -50,13 +50,18 @@ def execute(config: Config, *, folder: RunFolder | None, state: ServerState | No
     stop.install()  # not before: there was nothing to save, and a rank that waits for the others would not notice
     try:
         run = assemble(prepared, link, stop)
-        if not link.transport.is_server:
-            return follow(run)
-        assert folder is not None, "the server needs a run folder"
-        return Leader(run, folder, state=state, start=start).lead()
+        if link.transport.is_server:
+            assert folder is not None, "the server needs a run folder"
+            status = Leader(run, folder, state=state, start=start).lead()
+        else:
+            status = follow(run)
+    except BaseException as error:
+        link.transport.close(error)
+        raise
     finally:
         gc.unfreeze()
-        link.transport.close()
+    link.transport.close()
+    return status
 
 
 class Leader:
@@ -84,18 +89,15 @@ class Leader:
         """All remaining rounds (collective). Returns the exit status: 0, or 143 if it was asked to stop.
 
         Raises:
-            DfedError: If the run cannot go on. The rounds that were completed are on disk.
+            DfedError: If the run cannot go on. The rounds that were completed are on disk, if the disk took them.
         """
         try:
             while self.state.round_index < self._config.rounds and not self._stopped:
                 self.round()
             self._evaluation = self._evaluation or self._evaluate()
             self.dismiss()
-        except DfedError as error:
-            if self.state.round_index > self._saved:
-                self._save()
-            if not isinstance(error, RankLost):
-                self.dismiss()
+        except Exception as error:
+            self._rescue(error)
             raise
         finally:
             self._writer.close()
@@ -106,6 +108,16 @@ class Leader:
         self._console.finished(summary, self._folder.path)
         return EXIT_STOPPED if self._stopped else 0
 
+    def _rescue(self, error: Exception) -> None:
+        """After an error: keep the rounds that were completed, and let the other ranks go if they can be reached."""
+        try:
+            if self.state.round_index > self._saved:
+                self._save()
+        except CheckpointError as another:
+            logger.error("the rounds since the last checkpoint are lost: %s", another)
+        if not isinstance(error, (RankLost, WireError)):
+            self.dismiss()
+
     def dismiss(self) -> None:
         """Let the other ranks go (collective: they return from :func:`follow`)."""
         self._run.transport.broadcast(Message("stop", {"stopped": self._stopped}, (), torch.empty(0, dtype=torch.uint8)))
@@ -115,7 +127,7 @@ class Leader:
         config = self._config
         result = lead_round(self._run.job, self.state)
         done, self._evaluation = result.state.round_index, None
-        self._stopped = result.stop_requested and done < config.rounds
+        self._stopped = result.stop_requested
         last = self._stopped or done == config.rounds
         if done % config.metrics.every == 0 or last:
             begun = time.perf_counter()
@@ -130,12 +142,14 @@ class Leader:
             self._warned_empty = True
             logger.warning("round %d had no client: %d were asked and had no plan, %d were not available", done - 1,
                            result.row["clients"]["ineligible"], result.row["clients"]["unavailable"])
-        if done % config.checkpoint.every == 0 or last:
+        self._stopped = (self._stopped or self._run.job.stop_requested()) and done < config.rounds
+        if done % config.checkpoint.every == 0 or last or self._stopped:
             self._save()
 
     def _save(self) -> None:
         settings = self._config.checkpoint
-        checkpoint.save(self._folder.checkpoints, self.state, self._config.fingerprint(), settings.keep)
+        fingerprint = self._config.fingerprint(self._run.link.device.type)
+        checkpoint.save(self._folder.checkpoints, self.state, fingerprint, settings.keep)
         self._saved = self.state.round_index
 
     def _first_state(self) -> ServerState:

@@ -68,7 +68,6 @@ class Plan:
         hold: Blocks sent down, in the order of the chain.
         train: Blocks trained and sent up; a subset of ``hold``.
         phases: Local training, in order.
-        width: Share of the channels held, in (0, 1].
         down: Codec of each block that is not sent down as fp32.
         up: Codec of each block that is not sent up as fp32.
         options: What else a strategy wants to tell its own ``build`` and ``loss``; JSON values only.
@@ -78,7 +77,6 @@ class Plan:
     hold: tuple[str, ...]
     train: tuple[str, ...]
     phases: tuple[Phase, ...]
-    width: float = 1.0
     down: Mapping[str, str] = field(default_factory=dict)
     up: Mapping[str, str] = field(default_factory=dict)
     options: Mapping[str, Any] = field(default_factory=dict)

@@ -13,7 +13,19 @@ from typing import Any
 
 from dfed.errors import DfedError
 
-__all__ = ["ALL", "DATASETS", "MODELS", "PARTITIONERS", "STRATEGIES", "Registry", "UnknownName", "nearest"]
+__all__ = [
+    "ALL",
+    "CODECS",
+    "DATASETS",
+    "MODELS",
+    "PARTITIONERS",
+    "SAMPLERS",
+    "SERVER_OPTIMIZERS",
+    "STRATEGIES",
+    "Registry",
+    "UnknownName",
+    "nearest",
+]
 
 
 class UnknownName(DfedError, KeyError):

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from dfed.cohort import Job, choose_cohort, client_rows, encode_order, round_row
@@ -65,7 +66,9 @@ def lead_round(job: Job, state: ServerState) -> RoundResult:
     row = round_row(cohort, clients, state.round_index)
     row["bytes"]["fabric"] = job.transport.fabric_bytes - fabric
     row["time_s"] = time.perf_counter() - start
-    return RoundResult(job.strategy.advance(state, new, row), row, clients, any(part["stop"] for part in parts))
+    new = job.strategy.advance(state, new, row)
+    new = replace(new, facts=json.loads(json.dumps(new.facts, allow_nan=False)))  # as a checkpoint would give them back
+    return RoundResult(new, row, clients, any(part["stop"] for part in parts))
 
 
 def take_part(job: Job, order: Message) -> tuple[PartialSums, list[dict[str, Any]] | None]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import signal
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +19,7 @@ from dfed.config import Choice, Config
 from dfed.data import DataSplits, Partition, load, make_partition
 from dfed.errors import ConfigError, Fault
 from dfed.fleet import Fleet
-from dfed.memory import make_cap
+from dfed.memory import check_cap, make_cap
 from dfed.models import Chain, build_chain
 from dfed.plan import Plan
 from dfed.planner import Costs
@@ -78,6 +79,8 @@ def prepare(config: Config, device: torch.device) -> Prepared:
         ConfigError, DataError: If the config asks for what cannot be had.
     """
     torch.set_num_threads(config.backend.threads)
+    if device.type == "cuda":
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic only with a fixed workspace
     data = load(config.data.dataset, dict(config.dataset_options), root=config.data.root, download=config.data.download,
                 cache=config.data.cache, seed=config.seed, validation_fraction=config.data.validation_fraction)
     chain = build_chain(config.model.name, dict(config.model.options), input_shape=data.train.shape,
@@ -92,6 +95,7 @@ def prepare(config: Config, device: torch.device) -> Prepared:
         labels=lambda: data.train.labels(np.arange(data.train.num_samples)), num_classes=data.train.num_classes,
         num_clients=fleet.num_clients, tier_of=fleet.tier_of, seed=config.seed,
     )
+    check_cap(config.memory, device, has_budgets=fleet.has_budgets)
     planning = Planning(config, chain, config.strategy, num_clients=fleet.num_clients, device=device)
     return Prepared(config=config, device=device, data=data, chain=chain, fleet=fleet, partition=partition, planning=planning)
 
@@ -119,7 +123,7 @@ class Planning:
         self.shapes = {name: tuple(t.shape) for name, t in chain.state_dict().items() if t.is_floating_point()}
         problem = Problem(
             chain=chain, splitting=self.splitting, phases=config.client.phases, num_clients=num_clients,
-            rounds=config.rounds, seed=config.seed, fits=lambda plan, budget: self.costs.fits(plan, budget),
+            seed=config.seed, fits=lambda plan, budget: self.costs.fits(plan, budget),
         )
         self.strategy: Strategy = STRATEGIES.get(choice.name)(problem, **choice.options)
         self.forms = Forms(self.strategy, self.splitting, self.shapes)

@@ -32,10 +32,3 @@ class Splitting:
     def block_of(self, tensor_name: str) -> str:
         """The block that holds a tensor of the state dict (``<unit>.<rest>``)."""
         return self._block_of_unit[tensor_name.partition(".")[0]]
-
-    def group(self, tensor_names: Iterable[str]) -> dict[str, list[str]]:
-        """Tensor names by block; blocks in the order of the chain, blocks without tensors left out."""
-        groups: dict[str, list[str]] = {name: [] for name in self.blocks}
-        for name in tensor_names:
-            groups[self.block_of(name)].append(name)
-        return {block: names for block, names in groups.items() if names}

@@ -70,7 +70,12 @@ class Form:
                             f"'{message.kind}' {dict(message.meta)} with {len(message.entries)} tensors.")
 
     def through_codecs(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """What the server would decode from the update, without the message; the tensors themselves where exact."""
+        """What the server would decode from the update, without the message; the tensors themselves where exact.
+
+        Tensors must be float32, as the wire has them.
+        """
+        wrong = {name: value.dtype for name, value in tensors.items() if value.dtype != torch.float32}
+        assert not wrong, f"a strategy must upload float32, but uploads {wrong}"
         return {
             entry.name: tensors[entry.name] if entry.codec == DEFAULT_CODEC else _round_trip(entry, tensors[entry.name])
             for entry in self.up

@@ -35,6 +35,12 @@ class ScheduleSettings(Settings):
     factor: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 0.1
     final: Annotated[float, Field(ge=0, le=1)] = 0.0
 
+    @model_validator(mode="after")
+    def _steps_somewhere(self) -> ScheduleSettings:
+        if self.name == "step" and not self.milestones:
+            raise ValueError("must have at least one of `milestones` with the name 'step', but has none.")
+        return self
+
     def at(self, round_index: int, rounds: int) -> float:
         """The factor in round ``round_index`` (from 0) of ``rounds``."""
         if self.name == "step":

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -56,6 +57,7 @@ class Skeleton:
             if tensor is not None
         ]
         self._attributes = set(vars(model))
+        self._structure = _structure(model)
 
     def load(self, values: Mapping[str, Tensor], device: torch.device) -> None:
         """Give every parameter and buffer storage of its own on ``device``.
@@ -76,12 +78,26 @@ class Skeleton:
             is_parameter = isinstance(empty, nn.Parameter)
             table[name] = nn.Parameter(placed, requires_grad=empty.requires_grad) if is_parameter else placed
 
-    def unload(self) -> None:
-        """Let go of all storage, and of whatever a strategy hung on the model."""
+    def unload(self) -> bool:
+        """Let go of all storage, and of attributes that a strategy set on the model.
+
+        Returns:
+            Whether the model is as it was. If not (a strategy added modules, hooks, or attributes deeper down), the skeleton
+            must not serve another client.
+        """
         for table, name, _, empty, _ in self._slots:
             table[name] = empty
         for attribute in set(vars(self.model)) - self._attributes:
             delattr(self.model, attribute)
+        return _structure(self.model) == self._structure
+
+
+def _structure(model: nn.Module) -> list[Any]:
+    """What a strategy could have changed about the modules, storage apart."""
+    return [
+        (id(module), {name: len(value) if isinstance(value, dict) else None for name, value in vars(module).items()})
+        for module in model.modules()
+    ]
 
 
 def run_plan(

@@ -167,6 +167,7 @@ class Worker:
         start, update = time.perf_counter(), None
         try:
             tensors = self._thread.run(partial(self._train, plan, skeleton, form, task, down, report))
+            report.bytes_up = form.up_bytes(down.round_index, plan.client)
             arrives = form.through_codecs(tensors)
             if down.per_client:
                 for name, value in arrives.items():
@@ -174,7 +175,6 @@ class Worker:
                 update = form.encode_update(down.round_index, plan.client, tensors)
             else:
                 sums.add(arrives, form.regions, task["weight"] * down.scale, down.ranges)
-            report.bytes_up = form.up_bytes(down.round_index, plan.client)
         except (RankLost, KeyboardInterrupt):
             raise
         except UpdateRejected as error:
@@ -182,7 +182,8 @@ class Worker:
         except Exception as error:
             self._note_failure(error, report, task["budget_bytes"])
         finally:
-            skeleton.unload()
+            if not skeleton.unload():
+                del self._skeletons[plan.shape_key()]
         report.time_s = time.perf_counter() - start
         if report.status != "completed":
             gc.collect()
@@ -207,7 +208,7 @@ class Worker:
                 drop_last=phase.drop_last,
             )
 
-        # A plan's peak is the same for every client, so clients without a budget need one measurement a plan.
+        # At full batches a plan's peak is the same for every client: those without a budget need one measurement a plan.
         measure_peak = task["budget_bytes"] is not None or plan.shape_key() not in self._measured
         meter = None
         try:
@@ -237,7 +238,7 @@ class Worker:
 
     def _note_failure(self, error: Exception, report: ClientReport, budget_bytes: int | None) -> None:
         """Put an exception of a client's training on its report, and let go of the tensors that its frames hold."""
-        if is_out_of_memory(error):
+        if is_out_of_memory(error, capped=self._cap.enforces and budget_bytes is not None):
             report.status, report.reason = "oom", "oom"
             said = str(error).partition("\n")[0][-_ERROR_CHARACTERS:]
             report.detail = f"out of memory on a budget of {format_bytes(budget_bytes)}: {said}"

@@ -18,6 +18,7 @@ __all__ = ["Liveness"]
 
 _CALL_IN_S = 5.0
 _POLL_S = 0.05
+_ERROR_CHARACTERS = 500
 
 
 class Liveness:
@@ -33,22 +34,26 @@ class Liveness:
         store.set(f"pid/{rank}", f"{platform.node()} {os.getpid()}")
         self._pids = [store.get(f"pid/{other}").decode().split() for other in range(size)]
 
-    def find_dead(self) -> list[int]:
-        """Ranks whose process is gone from this host, or that do not call in within 5 s, as far as can be told."""
+    def find_lost(self) -> dict[int, str]:
+        """Ranks that are lost, and how: failed with an error, died (gone from this host), or did not answer within 5 s."""
         try:
             self._store.set(f"alive/{self._rank}", "1")
             deadline = time.monotonic() + _CALL_IN_S
             while True:
+                failed = {
+                    r: f"failed: {self._store.get(f'failed/{r}').decode()}"
+                    for r in range(self._size) if r != self._rank and self._store.check([f"failed/{r}"])
+                }
                 silent = [r for r in range(self._size) if not self._store.check([f"alive/{r}"])]
-                gone = [r for r in silent if self._is_gone(r)]
-                if gone or not silent:
-                    return gone
+                gone = {r: "died" for r in silent if self._is_gone(r)}
+                if failed or gone or not silent:
+                    return failed | gone
                 if time.monotonic() > deadline:
-                    return silent
+                    return dict.fromkeys(silent, "did not answer")
                 time.sleep(_POLL_S)
         except (RuntimeError, ValueError):
             # The store itself is gone, and with it what the other hosts could say.
-            return [r for r in range(self._size) if self._is_gone(r)]
+            return {r: "died" for r in range(self._size) if self._is_gone(r)}
 
     def abandoned(self) -> bool:
         """Whether another rank has found the job broken, or a rank of this host is gone."""
@@ -58,9 +63,11 @@ class Liveness:
             return True
         return bool(called) or any(self._is_gone(r) for r in range(self._size))
 
-    def leave(self) -> None:
-        """Sign out: a rank that left in good order is not counted as dead by those still leaving."""
+    def leave(self, error: BaseException | None) -> None:
+        """Sign out, so that those still at work do not look for this rank; with the error that ended it, if one did."""
         try:
+            if error is not None:
+                self._store.set(f"failed/{self._rank}", f"{type(error).__name__}: {error}"[:_ERROR_CHARACTERS])
             self._store.set(f"alive/{self._rank}", "1")
         except (RuntimeError, ValueError):
             return

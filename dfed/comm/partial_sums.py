@@ -13,7 +13,8 @@ The fast way needs one pass over an update. A sum starts at 1.5 · range, where 
 step apart; a fused multiply-add of ``weight · value`` then rounds the product to the grid by itself. Rounding to nearest is
 the same wherever the sum stands, save for ties, which go to the even neighbour *of the sum*; so there must be no ties: the
 last bit of the weight's mantissa is set, which puts the lowest bit of every product below half a grid step. Whether torch's
-kernel really fuses is tried once; where it does not, and for odd ends and strided regions, products are rounded apart.
+kernel really fuses is tried once. Where it does not, and for odd ends and strided regions, products are rounded apart, which
+needs no such care: the result depends on the product alone.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from fractions import Fraction
 import torch
 from torch import Tensor
 
-from dfed.errors import UpdateRejected
+from dfed.errors import DfedError, UpdateRejected
 from dfed.region import Region
 
 __all__ = ["MIN_RANGE", "PartialSums", "value_range", "weight_scale"]
@@ -40,11 +41,17 @@ _LANES = 64  # a multiple of what any processor's vectors hold
 
 
 def value_range(tensor: Tensor) -> float:
-    """The range (a power of two) for values of this global tensor (float32, any shape)."""
+    """The range (a power of two) for values of this global tensor (float32, any shape).
+
+    Raises:
+        DfedError: If the tensor is not finite.
+    """
     if tensor.numel() == 0:
         return MIN_RANGE
     low, high = torch.aminmax(tensor)
     largest = max(-float(low), float(high))
+    if not math.isfinite(largest):
+        raise DfedError("the global model must be finite, but has entries that are not: the run has diverged.")
     return max(MIN_RANGE, _HEADROOM * 2.0 ** math.ceil(math.log2(largest))) if largest > 0 else MIN_RANGE
 
 
@@ -160,7 +167,8 @@ class PartialSums:
 
     def _add_one(self, name: str, value: Tensor, region: Region, weight: float) -> None:
         target, offset = region.view(self._views[name]), self._offsets[name]
-        if not (value.is_contiguous() and target.is_contiguous() and target._is_view()):
+        in_place = target.untyped_storage().data_ptr() == self._flat.untyped_storage().data_ptr()
+        if not (in_place and value.is_contiguous() and target.is_contiguous()):
             region.add_(self._views[name], _rounded(value.to(torch.float64), weight, offset))
             return
         source, sums = value.view(-1), target.view(-1)

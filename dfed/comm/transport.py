@@ -6,9 +6,11 @@ place of the process group: the same program, the same calls.
 
 from __future__ import annotations
 
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -85,8 +87,8 @@ class Transport(ABC):
         return False
 
     @abstractmethod
-    def close(self) -> None:
-        """Leave the process group."""
+    def close(self, error: BaseException | None = None) -> None:
+        """Leave the process group; ``error`` is what ended this rank's part, if it did not end in good order."""
 
 
 class Local(Transport):
@@ -98,7 +100,7 @@ class Local(Transport):
 
     def broadcast(self, message: Message | None) -> Message:
         assert message is not None, "the only rank is the server"
-        return message
+        return replace(message, meta=json.loads(json.dumps(message.meta)))  # what the other ranks would see
 
     def reduce(self, value: Tensor) -> None:
         pass
@@ -113,7 +115,7 @@ class Local(Transport):
         assert source == 0, "there is no other rank"
         return self._queue.pop(0)
 
-    def close(self) -> None:
+    def close(self, error: BaseException | None = None) -> None:
         pass
 
 
@@ -193,8 +195,8 @@ class ProcessGroup(Transport):
     def abandoned(self) -> bool:
         return self._liveness.abandoned()
 
-    def close(self) -> None:
-        self._liveness.leave()
+    def close(self, error: BaseException | None = None) -> None:
+        self._liveness.leave(error)
         dist.destroy_process_group()
 
     def _receive(self, value: Tensor, source: int) -> Tensor:
@@ -243,7 +245,7 @@ class ProcessGroup(Transport):
         try:
             yield
         except (RuntimeError, ValueError) as error:
-            dead = self._liveness.find_dead()
-            names = f"rank {', '.join(map(str, dead))} died" if dead else "no rank could be shown to be dead"
-            raise RankLost(f"rank {self.rank} could not complete '{what}' after round {self._round}: {names}. "
-                           f"torch.distributed said: {error}", dead) from error
+            lost = self._liveness.find_lost()
+            names = "; ".join(f"rank {rank} {how}" for rank, how in lost.items()) or "no rank could be shown to be lost"
+            raise RankLost(f"rank {self.rank} could not complete '{what}' in round {self._round}: {names}. "
+                           f"torch.distributed said: {error}", list(lost)) from error

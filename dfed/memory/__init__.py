@@ -1,6 +1,6 @@
 """Memory: hard caps, measured peaks, predicted peaks."""
 
-from dfed.memory.caps import GREY_ZONE, MemoryMeter, MemorySettings, is_out_of_memory, make_cap
+from dfed.memory.caps import GREY_ZONE, MemoryMeter, MemorySettings, check_cap, is_out_of_memory, make_cap
 from dfed.memory.predict import CPU_OVERHEAD_BYTES, predict_peak
 
 __all__ = [
@@ -8,6 +8,7 @@ __all__ = [
     "GREY_ZONE",
     "MemoryMeter",
     "MemorySettings",
+    "check_cap",
     "is_out_of_memory",
     "make_cap",
     "predict_peak",

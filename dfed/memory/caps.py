@@ -31,7 +31,8 @@ from dfed.errors import ConfigError, Fault
 from dfed.memory import malloc, measure
 from dfed.settings import Settings
 
-__all__ = ["GREY_ZONE", "CpuCap", "CudaCap", "MemoryMeter", "MemorySettings", "Uncapped", "is_out_of_memory", "make_cap"]
+__all__ = ["GREY_ZONE", "CpuCap", "CudaCap", "MemoryMeter", "MemorySettings", "Uncapped", "check_cap", "is_out_of_memory",
+           "make_cap"]
 
 GREY_ZONE = 0.10
 """Relative distance from the predicted peak of a plan's tensors inside which the verdict may vary; see above."""
@@ -42,10 +43,12 @@ _OOM_TEXTS = (
     "not enough memory",
     "out of memory",
     "bad_alloc",
+    "Cannot allocate memory",
+)
+_OOM_TEXTS_UNDER_A_CAP = (
     "could not create a memory",
     "could not create a primitive",
     "could not execute a primitive",
-    "Cannot allocate memory",
 )
 
 
@@ -66,14 +69,19 @@ class MemoryMeter:
     peak_bytes: int | None = None
 
 
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an exception says that memory ran out: torch's, Python's, or one of a library's under torch."""
+def is_out_of_memory(error: BaseException, *, capped: bool = True) -> bool:
+    """Whether an exception says that memory ran out: torch's, Python's, or one of a library's under torch.
+
+    Args:
+        capped: Whether a hard cap was in force; some of oneDNN's errors mean a lack of memory only then.
+    """
+    texts = _OOM_TEXTS + (_OOM_TEXTS_UNDER_A_CAP if capped else ())
     seen: set[int] = set()
     current: BaseException | None = error
     while current is not None and id(current) not in seen:
         if isinstance(current, (MemoryError, torch.OutOfMemoryError)):
             return True
-        if isinstance(current, (RuntimeError, OSError)) and any(text in str(current) for text in _OOM_TEXTS):
+        if isinstance(current, (RuntimeError, OSError)) and any(text in str(current) for text in texts):
             return True
         seen.add(id(current))
         current = current.__cause__ or current.__context__
@@ -82,6 +90,8 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 class Uncapped:
     """No cap. Peaks are measured on Linux when asked for."""
+
+    enforces = False
 
     def __init__(self, device: torch.device):
         self.device = device
@@ -111,6 +121,8 @@ class Uncapped:
 class CpuCap(Uncapped):
     """A cap by ``RLIMIT_DATA`` (Linux)."""
 
+    enforces = True
+
     @contextmanager
     def guard(self, budget_bytes: int | None, *, measure_peak: bool = True) -> Iterator[MemoryMeter]:
         """As :meth:`Uncapped.guard`; beyond the budget the kernel refuses memory and torch raises."""
@@ -136,7 +148,7 @@ class CudaCap:
 
     def __init__(self, device: torch.device, enforce: bool):
         self.device = device
-        self.enforce = enforce
+        self.enforces = enforce
 
     @contextmanager
     def guard(self, budget_bytes: int | None, *, measure_peak: bool = True) -> Iterator[MemoryMeter]:
@@ -147,7 +159,7 @@ class CudaCap:
         total = torch.cuda.get_device_properties(self.device).total_memory
         start = torch.cuda.memory_allocated(self.device)
         torch.cuda.reset_peak_memory_stats(self.device)
-        capped = self.enforce and budget_bytes is not None
+        capped = self.enforces and budget_bytes is not None
         if capped:
             assert budget_bytes is not None
             share = min(1.0, (torch.cuda.memory_reserved(self.device) + budget_bytes) / total)
@@ -159,6 +171,20 @@ class CudaCap:
             if capped:
                 torch.cuda.set_per_process_memory_fraction(1.0, self.device)
             meter.peak_bytes = torch.cuda.max_memory_allocated(self.device) - start
+
+
+def check_cap(settings: MemorySettings, device: torch.device, *, has_budgets: bool) -> None:
+    """Refuse a hard cap where there is none to be had.
+
+    Raises:
+        ConfigError: If it is asked for there.
+    """
+    wanted = settings.enforce == "hard" and has_budgets and device.type != "cuda"
+    if wanted and not (sys.platform.startswith("linux") and malloc.is_glibc()):
+        raise ConfigError([Fault("memory.enforce", (
+            f"must be 'off' on this system ({sys.platform}, {device.type}), which offers no hard cap (Linux with glibc or CUDA "
+            "does), but is 'hard'."
+        ))])
 
 
 def make_cap(settings: MemorySettings, device: torch.device, *, has_budgets: bool) -> Uncapped | CpuCap | CudaCap:
@@ -177,9 +203,7 @@ def make_cap(settings: MemorySettings, device: torch.device, *, has_budgets: boo
     if settings.enforce == "off" or not has_budgets:
         malloc.roomy()
         return Uncapped(device)
-    if not sys.platform.startswith("linux") or not malloc.tight():
-        raise ConfigError([Fault("memory.enforce", (
-            f"is 'hard', but this system ({sys.platform}, {device.type}) offers no hard cap: Linux with glibc, or CUDA, "
-            "is needed; set memory.enforce to 'off' to run without caps."
-        ))])
+    check_cap(settings, device, has_budgets=has_budgets)
+    taken = malloc.tight()
+    assert taken, "glibc refused its own settings"
     return CpuCap(device)

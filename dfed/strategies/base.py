@@ -43,7 +43,6 @@ class Problem:
         splitting: The chain's blocks.
         phases: Local training as configured.
         num_clients: Size of the fleet.
-        rounds: Rounds that the run is to take.
         seed: The run's seed.
         fits: ``fits(plan, budget_bytes)``: whether the planner expects the plan to run on that budget (None: unlimited).
     """
@@ -52,7 +51,6 @@ class Problem:
     splitting: Splitting
     phases: tuple[Phase, ...]
     num_clients: int
-    rounds: int
     seed: int
     fits: Callable[[Plan, int | None], bool]
 
@@ -81,9 +79,15 @@ class Strategy(ABC):
     def build(self, plan: Plan) -> nn.Module:
         """The sub-model of this plan, without storage (meta device); its tensors bear the global names.
 
-        A pure function of the plan. The caller gives it storage, and the values that came down.
+        A pure function of the plan. The caller gives it storage, and the values that came down. The default is the full
+        model, in which blocks that are not trained ask for no gradient.
         """
-        return self.problem.chain.skeleton()
+        splitting = self.problem.splitting
+        assert set(plan.hold) == set(splitting.names), "a strategy whose clients do not hold all blocks must write `build`"
+        chain = self.problem.chain.skeleton()
+        for name, parameter in chain.named_parameters():
+            parameter.requires_grad_(splitting.block_of(name) in plan.train)
+        return chain
 
     def receive(self, model: nn.Module, client_state: Mapping[str, Tensor], plan: Plan) -> None:
         """Called under the client's cap when the model holds its values, before training. May prepare ``model``."""
@@ -91,6 +95,7 @@ class Strategy(ABC):
 
     def loss(self, model: nn.Module, x: Tensor, y: Tensor, phase: Phase) -> Tensor:
         """Loss (a scalar) of one mini-batch: ``x`` float32 ``(b, …)``, ``y`` int64 ``(b,)``."""
+        assert phase.objective == "cross_entropy", f"a strategy with the objective '{phase.objective}' must write `loss`"
         return F.cross_entropy(model(x), y)
 
     def upload(self, name: str, value: Tensor, region: Region, plan: Plan) -> Tensor | None:

@@ -99,9 +99,12 @@ def test_a_wrong_config_is_exit_status_2(arguments, message, capsys):
     assert message in err
 
 
-def test_only_rank_0_says_what_is_wrong_with_the_config(capsys, monkeypatch):
+def test_other_ranks_let_rank_0_speak_first_and_say_who_they_are(capsys, monkeypatch):
+    waited = []
+    monkeypatch.setattr("dfed.cli.time.sleep", waited.append)
     monkeypatch.setenv("RANK", "3")
-    assert _says(capsys, "run", SMOKE, "rounds=0") == ""
+    assert _says(capsys, "run", SMOKE, "rounds=0").startswith("dfed: rank 3: 1 fault in the config")
+    assert len(waited) == 1
 
 
 def test_a_wrong_config_is_found_before_a_process_group_is_joined(capsys, monkeypatch):

@@ -131,4 +131,4 @@ def test_the_fingerprint_follows_what_decides_the_bits():
 def test_the_number_of_rounds_counts_where_the_learning_rate_follows_it():
     cosine = ["client.schedule.name=cosine"]
     assert _load(*cosine).fingerprint() != _load(*cosine, "rounds=9").fingerprint()
-    assert _load("client.schedule.name=step").fingerprint() == _load("client.schedule.name=step", "rounds=9").fingerprint()
+    assert _load("client.schedule.name=exponential").fingerprint() == _load("client.schedule.name=exponential", "rounds=9").fingerprint()

@@ -20,7 +20,7 @@ def _plan(**changes):
 
 RICH = _plan(
     phases=(Phase(batch_size=4, epochs=2), Phase(batch_size=16, steps=5, objective="distil")),
-    width=0.5, down={"stem": "bf16"}, up={"head": "fp16"},
+    down={"stem": "bf16"}, up={"head": "fp16"},
     options={"rate": 0.25, "widths": [1, 2, None], "nested": {"on": True, "name": "ä"}},
 )
 
@@ -48,7 +48,7 @@ def test_reading_a_plan_leaves_the_json_as_it_was():
 def test_the_shape_key_tells_plans_apart_but_not_clients():
     assert RICH.shape_key() == dataclasses.replace(RICH, client=99).shape_key()
     changes = [
-        {"hold": ("stem", "body", "head")}, {"train": ("stem", "head")}, {"width": 0.25}, {"down": {}},
+        {"hold": ("stem", "body", "head")}, {"train": ("stem", "head")}, {"down": {}},
         {"up": {"head": "bf16"}},
         {"phases": RICH.phases[:1]}, {"phases": RICH.phases[::-1]}, {"options": {}},
         {"options": RICH.options | {"rate": 0.5}},
@@ -70,7 +70,7 @@ def test_what_no_plan_can_be():
         with pytest.raises(TypeError):
             Plan.from_json({**RICH.to_json(), "phases": [broken]})
     with pytest.raises(dataclasses.FrozenInstanceError):
-        RICH.width = 1.0
+        RICH.client = 1
 
 
 @pytest.mark.parametrize("num_samples", [1, 2, 7, 8, 9, 20])

@@ -20,23 +20,12 @@ def test_a_splitting_knows_its_blocks():
         splitting.block_of("tail.weight")
 
 
-def test_tensors_by_block_in_the_order_of_the_chain():
-    splitting = Splitting(BLOCKS)
-    names = ["head.fc.weight", "stem.weight", "head.fc.bias", "block0.weight"]
-    grouped = splitting.group(names)
-    assert list(grouped.items()) == [("early", ["stem.weight", "block0.weight"]),
-                                     ("head", ["head.fc.weight", "head.fc.bias"])]
-    assert splitting.group([]) == {}
-
-
 def test_the_finest_splitting_of_a_chain():
     chain = build_chain("cnn", {"channels": [2], "hidden": 4}, input_shape=(1, 8, 8), num_classes=3)
     splitting = Splitting.by_unit(chain.unit_names)
     assert splitting.names == tuple(chain.unit_names)
     assert all(units == (name,) for name, units in splitting.blocks.items())
-    grouped = splitting.group(chain.state_dict())
-    assert sorted(name for names in grouped.values() for name in names) == sorted(chain.state_dict())
-    assert all(name.startswith(f"{block}.") for block, names in grouped.items() for name in names)
+    assert all(splitting.block_of(name) == name.partition(".")[0] for name in chain.state_dict())
 
 
 def test_no_unit_stands_in_two_blocks():

@@ -29,7 +29,7 @@ class Small:
         state = self.chain.state_dict()
         self.shapes = {name: tuple(t.shape) for name, t in state.items() if t.is_floating_point()}
         problem = Problem(chain=self.chain, splitting=self.splitting, phases=(Phase(batch_size=8, epochs=1),),
-                          num_clients=5, rounds=3, seed=1, fits=fits)
+                          num_clients=5, seed=1, fits=fits)
         self.strategy = (make or STRATEGIES.get(strategy))(problem, **settings)
         self.forms = Forms(self.strategy, self.splitting, self.shapes)
         full = materialise(self.chain.skeleton(), rng.torch_generator(1, "init"))

@@ -17,7 +17,7 @@ class Narrow(Strategy):
         return self.whole_plan(candidate)
 
     def region(self, name, shape, plan):
-        return Slices(((0, -(-shape[0] // 2)),)) if plan.width < 1 and shape else WHOLE
+        return Slices(((0, -(-shape[0] // 2)),)) if plan.options.get("half") and shape else WHOLE
 
     def upload(self, name, value, region, plan):
         return None if name.endswith("bias") else super().upload(name, value, region, plan)
@@ -27,7 +27,7 @@ PLANS = {
     "whole": {},
     "codecs": {"down": {"conv0": "fp16", "head": "bf16"}, "up": {"conv1": "bf16", "hidden": "fp16"}},
     "part": {"hold": ("conv0", "head"), "train": ("head",)},
-    "narrow": {"width": 0.5, "up": {"conv0": "fp16"}},
+    "narrow": {"options": {"half": True}, "up": {"conv0": "fp16"}},
     "nothing up": {"train": ()},
 }
 

@@ -19,7 +19,7 @@ def test_local_is_server_and_client_in_one():
     assert transport.is_client
     assert transport.device == torch.device("cpu")
     first, second = message("a"), message("b")
-    assert transport.broadcast(first) is first
+    assert transport.broadcast(first) == first
     value = torch.tensor([1.5, -2.0], dtype=torch.float64)
     transport.reduce(value)
     assert value.tolist() == [1.5, -2.0]

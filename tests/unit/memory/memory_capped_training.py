@@ -41,7 +41,7 @@ class Training:
         self.chain = build_chain(model, {}, input_shape=SHAPE, num_classes=10)
         shapes = {name: tuple(t.shape) for name, t in self.chain.state_dict().items() if t.is_floating_point()}
         splitting, phases = Splitting.by_unit(self.chain.unit_names), (Phase(batch_size=batch, steps=2),)
-        problem = Problem(chain=self.chain, splitting=splitting, phases=phases, num_clients=1, rounds=1, seed=0,
+        problem = Problem(chain=self.chain, splitting=splitting, phases=phases, num_clients=1, seed=0,
                           fits=lambda plan, budget: True)
         self.strategy, self.settings = FedAvg(problem), ClientSettings(momentum=0.9)
         forms = Forms(self.strategy, splitting, shapes)

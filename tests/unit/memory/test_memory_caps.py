@@ -58,7 +58,7 @@ def test_a_hard_cap_is_refused_where_there_is_none(monkeypatch):
     monkeypatch.setattr(malloc, "roomy", lambda: roomy.append(1))
     for platform in ("darwin", "win32"):
         monkeypatch.setattr(sys, "platform", platform)
-        with pytest.raises(ConfigError, match=rf"`memory\.enforce` is 'hard', but this system \({platform}, cpu\)"):
+        with pytest.raises(ConfigError, match=rf"`memory\.enforce` must be 'off' on this system \({platform}, cpu\)"):
             make_cap(MemorySettings(), CPU, has_budgets=True)
         for cap in (make_cap(MemorySettings(enforce="off"), CPU, has_budgets=True),
                     make_cap(MemorySettings(), CPU, has_budgets=False)):

@@ -18,7 +18,7 @@ def costs_of(model, options, shape, classes, *, strategy="fedavg", device=CPU, *
     splitting = Splitting.by_unit(chain.unit_names)
     shapes = {name: tuple(t.shape) for name, t in chain.state_dict().items() if t.is_floating_point()}
     client = ClientSettings(**settings)
-    problem = Problem(chain=chain, splitting=splitting, phases=client.phases, num_clients=1, rounds=1, seed=0,
+    problem = Problem(chain=chain, splitting=splitting, phases=client.phases, num_clients=1, seed=0,
                       fits=lambda plan, budget: True)
     made = STRATEGIES.get(strategy)(problem)
     costs = Costs(made, client, Forms(made, splitting, shapes), shape, device)

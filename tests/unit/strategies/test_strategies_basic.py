@@ -22,7 +22,7 @@ OPTIONS = {"channels": [3], "kernel": 3, "hidden": 5, "norm": "batch"}
 def problem(fits=lambda plan, budget: True):
     chain = build_chain("cnn", OPTIONS, input_shape=(1, 6, 6), num_classes=3)
     phases = (Phase(batch_size=4, epochs=2),)
-    return Problem(chain=chain, splitting=Splitting.by_unit(chain.unit_names), phases=phases, num_clients=9, rounds=5, seed=1,
+    return Problem(chain=chain, splitting=Splitting.by_unit(chain.unit_names), phases=phases, num_clients=9, seed=1,
                    fits=fits)
 
 
@@ -45,7 +45,7 @@ def test_full_training_of_the_whole_model(name):
     plan = strategy.plan(STATE, candidate())
     assert (plan.client, plan.hold, plan.train) == (3, ("conv0", "hidden", "head"), ("conv0", "hidden", "head"))
     assert plan.phases == (Phase(batch_size=4, epochs=2),)
-    assert (plan.width, plan.down, plan.up, plan.options) == (1.0, {}, {}, {})
+    assert (plan.down, plan.up, plan.options) == ({}, {}, {})
     assert Plan.from_json(json.loads(json.dumps(plan.to_json()))) == plan
     model = strategy.build(plan)
     assert {tensor.device.type for tensor in model.state_dict().values()} == {"meta"}
