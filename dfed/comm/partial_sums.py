@@ -68,6 +68,9 @@ def check_values(name: str, value: Tensor, limit: float) -> None:
     """
     if value.numel() == 0:
         return
+    flat = value.reshape(-1)
+    if float(torch.dot(flat, flat)) < (limit / 4) ** 2:
+        return  # the cheap way: no entry is larger than the norm, with room for its rounding; false also for NaN
     low, high = (float(bound) for bound in torch.aminmax(value))
     largest = max(-low, high)
     if not math.isfinite(low) or not math.isfinite(high):

@@ -50,6 +50,9 @@ Stem = Literal["auto", "cifar", "imagenet"]
 SMALL_IMAGE = 64  # pixels
 
 
+_MANY = 65_536
+
+
 class KeyedRandom(nn.Module):
     """Base of the layers that draw random numbers while training.
 
@@ -77,14 +80,26 @@ class KeyedRandom(nn.Module):
                     f"the generator of {layer} must be on the device of its input ({mask.device.type}), "
                     f"but is on {generator.device.type}."
                 )
+        if mask.device.type == "cpu" and mask.numel() >= _MANY and 0 < keep < 1:
+            return _fill_many(mask, keep, generator)
         mask.bernoulli_(keep, generator=generator)
         return mask.div_(keep) if keep > 0 else mask
+
+
+def _fill_many(mask: Tensor, keep: float, generator: torch.Generator | None) -> Tensor:
+    """The same from 16 random bits an entry, four entries a draw: about three times as fast as torch's ``bernoulli_``."""
+    kept = min(max(round(keep * 2**16), 1), 2**16 - 1)
+    words = torch.empty(-(-mask.numel() // 4), dtype=torch.int64).random_(-(2**63), None, generator=generator)
+    lanes = words.view(torch.int16)[:mask.numel()].view(mask.shape)
+    return mask.copy_(lanes < kept - 2**15).div_(kept / 2**16)
 
 
 class Dropout(KeyedRandom):
     """Dropout (Srivastava et al. 2014): each entry is zeroed with probability ``p``, the others divided by 1 - p.
 
-    Given the same generator state it returns the bits of ``nn.Dropout`` on the CPU. Never in place.
+    Given the same generator state it returns the bits of ``nn.Dropout`` on the CPU for inputs of fewer than 65,536 entries.
+    For larger ones it draws 16 bits an entry, which is faster, and rounds the probability to a multiple of 2⁻¹⁶. Never in
+    place.
 
     Args:
         p: Probability of zeroing, in [0, 1].

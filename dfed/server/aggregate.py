@@ -37,7 +37,7 @@ def aggregate(
     Parameters then pass through the server optimiser; buffers (norm statistics) take the mean itself.
 
     Args:
-        sums: Exact sums of weight · ``scale`` · value over all ranks.
+        sums: Exact sums of weight · ``scale`` · value over all ranks; used up.
         contributions: Of the completed clients.
         buffers: Names of the tensors that are no parameters.
     """
@@ -71,7 +71,7 @@ def _weights_by_region(name: str, contributions: Sequence[Contribution]) -> dict
 def _mean(total: Tensor, held: Mapping[Region, int], scale: float, old: Tensor) -> tuple[Tensor, Tensor | None]:
     """The mean (float32; ``old`` where nobody holds the entry) and which entries are covered (None: all)."""
     if set(held) == {WHOLE}:
-        return (total / (held[WHOLE] * scale)).to(torch.float32), None
+        return total.div_(held[WHOLE] * scale).to(torch.float32), None
     weights = torch.zeros_like(total)
     for region, weight in held.items():
         region.add_(weights, weight * scale)  # exact: whole numbers times a power of two

@@ -128,7 +128,12 @@ def test_the_fingerprint_follows_what_decides_the_bits():
     assert load_config(None, base=reordered).fingerprint() == plain
 
 
+def test_a_checkpoint_belongs_to_a_kind_of_device():
+    assert _load().fingerprint("cpu") == _load().fingerprint() != _load().fingerprint("cuda")
+
+
 def test_the_number_of_rounds_counts_where_the_learning_rate_follows_it():
     cosine = ["client.schedule.name=cosine"]
     assert _load(*cosine).fingerprint() != _load(*cosine, "rounds=9").fingerprint()
-    assert _load("client.schedule.name=exponential").fingerprint() == _load("client.schedule.name=exponential", "rounds=9").fingerprint()
+    falling = ["client.schedule.name=exponential"]
+    assert _load(*falling).fingerprint() == _load(*falling, "rounds=9").fingerprint()

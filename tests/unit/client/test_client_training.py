@@ -134,7 +134,7 @@ def test_skeleton_load_and_unload():
             assert parameter.requires_grad == (name != "stem.conv.weight")
         model(torch.zeros(2, 3, 8, 8)).sum().backward()  # changes statistics and counters, makes gradients
         model.anchor = torch.zeros(3)
-        skeleton.unload()
+        assert skeleton.unload()
         assert not hasattr(model, "anchor")
         assert all(parameter.grad is None for parameter in model.parameters())
     with pytest.raises(KeyError, match=r"head\.fc\.bias"):
@@ -142,6 +142,20 @@ def test_skeleton_load_and_unload():
     skeleton.unload()
     with pytest.raises(AssertionError, match=r"head\.fc\.bias: \(9,\) is not \(4,\)"):
         skeleton.load({**small.values, "head.fc.bias": torch.zeros(9)}, CPU)
+
+
+@pytest.mark.parametrize("change", [
+    lambda model: model.add_module("private", nn.Linear(2, 2)),
+    lambda model: model.register_forward_hook(lambda *arguments: None),
+    lambda model: setattr(model.unit("head"), "note", 1),
+    lambda model: model.unit("head").register_buffer("mask", torch.ones(2)),
+    lambda model: setattr(model, "head", nn.Linear(2, 2)),
+])
+def test_a_skeleton_that_a_strategy_built_on_serves_nobody_else(change):
+    skeleton = Skeleton(Small().chain.skeleton())
+    assert skeleton.unload()
+    change(skeleton.model)
+    assert not skeleton.unload()
 
 
 def test_a_used_skeleton_trains_the_next_client_to_the_same_bits():

@@ -101,3 +101,26 @@ def test_stem_is_chosen_by_the_image():
     assert [use_cifar_stem("auto", (3, size, 64)) for size in (28, 63, 64, 224)] == [True, True, False, False]
     assert use_cifar_stem("cifar", (3, 224, 224))
     assert not use_cifar_stem("imagenet", (3, 28, 28))
+
+
+@pytest.mark.parametrize("p", [0.25, 0.5, 0.1, 0.9, 1e-6, 1 - 1e-6])
+def test_dropout_of_large_inputs_keeps_the_right_share_each_entry_by_itself(p):
+    layer = Dropout(p)
+    layer.generator = torch_generator(4, "large")
+    x = torch.ones(513, 257)  # not a multiple of the four entries of a draw
+    y = layer(x)
+    kept = min(max(round((1 - p) * 2**16), 1), 2**16 - 1) / 2**16
+    assert abs(kept - (1 - p)) <= 2**-16
+    assert set(y.unique().tolist()) <= {0.0, float(torch.tensor(1.0) / kept)}
+    alive = (y != 0).double()
+    spread = (kept * (1 - kept)) ** 0.5
+    # Five standard errors: the share over all entries, over each of a draw's four places, and of equal neighbours.
+    assert abs(alive.mean() - kept) < 5 * spread / x.numel() ** 0.5
+    flat = alive.view(-1)
+    for lane in range(4):
+        assert abs(flat[lane::4].mean() - kept) < 5 * spread / (x.numel() / 4) ** 0.5
+    both = (flat[:-1] * flat[1:]).mean()
+    assert abs(both - kept**2) < 5 * max(spread, 1e-3) / x.numel() ** 0.5 * 2
+    again = Dropout(p)
+    again.generator = torch_generator(4, "large")
+    assert torch.equal(again(x), y)
