@@ -166,7 +166,7 @@ def _read(path: Path, fingerprint: str) -> ServerState:
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise _Damaged(f"{type(error).__name__}: {error}") from error
     if saved != fingerprint:
-        raise CheckpointError(f"{path} was written by another configuration (or device): resume with the config of its run folder.")
+        raise CheckpointError(f"{path} was written by another configuration (or device): resume with its folder's own config.")
     slots: dict[str, dict[str, Tensor]] = {}
     for key, value in tensors.items():
         kind, _, rest = key.partition("/")

@@ -181,10 +181,14 @@ def check_cap(settings: MemorySettings, device: torch.device, *, has_budgets: bo
     """
     wanted = settings.enforce == "hard" and has_budgets and device.type != "cuda"
     if wanted and not (sys.platform.startswith("linux") and malloc.is_glibc()):
-        raise ConfigError([Fault("memory.enforce", (
-            f"must be 'off' on this system ({sys.platform}, {device.type}), which offers no hard cap (Linux with glibc or CUDA "
-            "does), but is 'hard'."
-        ))])
+        raise _no_cap(device)
+
+
+def _no_cap(device: torch.device) -> ConfigError:
+    return ConfigError([Fault("memory.enforce", (
+        f"must be 'off' on this system ({sys.platform}, {device.type}), which offers no hard cap (Linux with glibc or CUDA "
+        "does), but is 'hard'."
+    ))])
 
 
 def make_cap(settings: MemorySettings, device: torch.device, *, has_budgets: bool) -> Uncapped | CpuCap | CudaCap:
@@ -204,6 +208,6 @@ def make_cap(settings: MemorySettings, device: torch.device, *, has_budgets: boo
         malloc.roomy()
         return Uncapped(device)
     check_cap(settings, device, has_budgets=has_budgets)
-    taken = malloc.tight()
-    assert taken, "glibc refused its own settings"
+    if not malloc.tight():
+        raise _no_cap(device)
     return CpuCap(device)

@@ -69,7 +69,7 @@ def test_a_hard_cap_is_refused_where_there_is_none(monkeypatch):
     assert len(roomy) == 4
     monkeypatch.setattr(sys, "platform", "linux")
     monkeypatch.setattr(malloc, "tight", lambda: False)  # Linux with another C library
-    with pytest.raises(ConfigError, match=r"set memory\.enforce to 'off'"):
+    with pytest.raises(ConfigError, match=r"`memory\.enforce` must be 'off' on this system \(linux, cpu\)"):
         make_cap(MemorySettings(), CPU, has_budgets=True)
     assert isinstance(make_cap(MemorySettings(), torch.device("cuda", 0), has_budgets=True), CudaCap)
     with pytest.raises(ValueError, match="enforce"):
