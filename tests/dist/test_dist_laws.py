@@ -1,0 +1,136 @@
+"""Law 1: the same config and seed give the same bits, on any number of ranks and with either exchange."""
+
+import random
+
+import numpy as np
+import pytest
+import torch
+from jobs import ROOT, TIMEOUT_S, Job, enter, in_child, rows, run_several, summary
+
+SMOKE = ROOT / "configs" / "smoke"
+FEDAVG = SMOKE / "fedavg.yaml"
+PLAIN = [FEDAVG, "rounds=3"]
+OTHERS = sorted(path for path in SMOKE.glob("*.yaml") if path != FEDAVG)
+VARIANTS = {
+    "per_client": [*PLAIN, "exchange=per_client"],
+    "yogi_weighted": [*PLAIN, "server.optimizer=yogi", "sampler=weighted",
+                      "fleet.tiers.0.dropout=0.4", "fleet.tiers.0.availability=0.6", "fleet.tiers.1.availability=0.6"],
+    "adam_cosine_validation": [*PLAIN, "client={optimizer: adam, learning_rate: 0.01, batch_size: 16, epochs: 2, "
+                               "clip_norm: 1.0, schedule: {name: cosine}}", "model.dropout=[0.2,0.5]",
+                               "server.optimizer=momentum", "data.validation_fraction=0.2", "metrics.split=validation",
+                               "metrics.every=2"],
+    **{path.stem: [path] for path in OTHERS},
+}
+
+# What may differ between numbers of ranks: where a client was played, how long it took and what that machine measured.
+ROUND_ONLY = {"time_s", "evaluation_s"}
+CLIENT_ONLY = {"rank", "time_s", "peak_bytes"}
+
+
+def comparable(folder):
+    """The lines of a run's metrics, without what may differ."""
+    kept = []
+    for row in rows(folder):
+        left_out = ROUND_ONLY if row["kind"] == "round" else CLIENT_ONLY
+        row = {name: value for name, value in row.items() if name not in left_out}
+        if row["kind"] == "round":
+            row["bytes"] = {name: row["bytes"][name] for name in ("up", "down")}
+        kept.append(row)
+    return kept
+
+
+def result(folder):
+    """A run's summary, without what may differ."""
+    kept = {name: value for name, value in summary(folder).items() if name != "time_s"}
+    kept["bytes"] = {name: kept["bytes"][name] for name in ("up", "down")}
+    kept["tiers"] = [{name: value for name, value in tier.items() if name != "peak_bytes"} for tier in kept["tiers"]]
+    return kept
+
+
+def assert_same(folder, other):
+    assert result(folder) == result(other)
+    assert comparable(folder) == comparable(other)
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory):
+    """Each variant on one rank; ``"fedavg"`` is the plain config."""
+    folder = tmp_path_factory.mktemp("one_rank")
+    runs = {"fedavg": PLAIN, "seed": [FEDAVG, "seed=4"], **VARIANTS}
+    run_several([[*arguments, "--out", folder / name] for name, arguments in runs.items()], folder, ranks=1)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def three_ranks(tmp_path_factory):
+    """Each variant on three ranks."""
+    folder = tmp_path_factory.mktemp("three_ranks")
+    run_several([[*arguments, "--out", folder / name] for name, arguments in VARIANTS.items()], folder, ranks=3)
+    return folder
+
+
+def test_the_reference_shows_what_it_should(reference):
+    """It trains, someone runs out of memory, and the server's options take effect: else equality would prove little."""
+    fedavg = summary(reference / "fedavg")
+    assert fedavg["clients"]["completed"] > 0
+    assert fedavg["clients"]["oom"] > 0
+    assert fedavg["params_sha256"] == summary(reference / "per_client")["params_sha256"]
+    different = [name for name in VARIANTS if name != "per_client"]
+    hashes = {summary(reference / name)["params_sha256"] for name in ("fedavg", *different)}
+    assert len(hashes) > 1
+    assert summary(reference / "yogi_weighted")["reasons"].keys() >= {"dropout"}
+    assert summary(reference / "yogi_weighted")["clients"]["unavailable"] > 0
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 5])
+def test_the_command_line_gives_the_same_bits(reference, tmp_path, fedavg_on_three_ranks, ranks):
+    if ranks == 3:
+        folder = fedavg_on_three_ranks  # with checkpoints and TensorBoard besides
+    else:
+        folder = tmp_path / "run"
+        with Job(["run", *PLAIN, "--out", folder], ranks=ranks, log=tmp_path / "log") as job:
+            assert job.wait() == 0, job.output
+            job.assert_gone()
+    assert_same(folder, reference / "fedavg")
+    played = {row["rank"] for row in rows(folder) if row["kind"] == "client"}
+    assert played == ({0} if ranks == 1 else set(range(1, ranks)))
+    fabric = summary(folder)["bytes"]["fabric"]
+    assert (fabric == 0) == (ranks == 1)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_three_ranks_give_the_same_bits(reference, three_ranks, name):
+    assert_same(three_ranks / name, reference / name)
+
+
+def test_the_seed_decides(reference):
+    other, fedavg = summary(reference / "seed"), summary(reference / "fedavg")
+    assert other["params_sha256"] != fedavg["params_sha256"]
+    assert (other["seed"], fedavg["seed"]) == (4, 3)
+
+
+def _states():
+    return [random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()]
+
+
+def _run_between_states(log, out):
+    from dfed.cli import main
+
+    enter(log)
+    random.seed(11)
+    np.random.seed(12)
+    torch.manual_seed(13)
+    before = _states()
+    assert main(["run", *map(str, PLAIN), "--out", out]) == 0
+    assert main(["run", str(FEDAVG), "model.dropout=[0.5,0.5]", "sampler=weighted", "--out", f"{out}_dropout"]) == 0
+    after = _states()
+    assert [b == a for b, a in zip(before, after, strict=True)] == [True] * 3, "a run moved a global generator"
+    random.random(), np.random.random(), torch.rand(1)
+    assert [b == a for b, a in zip(before, _states(), strict=True)] == [False] * 3, "the comparison sees no change"
+
+
+def test_the_global_generators_are_neither_moved_nor_used(reference, tmp_path):
+    process = in_child(_run_between_states, str(tmp_path / "log"), str(tmp_path / "run"))
+    process.join(TIMEOUT_S)
+    assert process.exitcode == 0, (tmp_path / "log").read_text()
+    assert_same(tmp_path / "run", reference / "fedavg")  # whose generators stood elsewhere
