@@ -12,7 +12,7 @@ from pydantic import Field
 
 from dfed.settings import Settings
 
-__all__ = ["MetricsSettings", "MetricsWriter", "add_totals", "empty_totals"]
+__all__ = ["MetricsSettings", "MetricsWriter", "add_totals", "empty_totals", "finite"]
 
 _CLIENT_COUNTS = ("selected", "completed", "oom", "failed", "ineligible", "unavailable")
 
@@ -105,8 +105,8 @@ class MetricsWriter:
     def write(self, row: Mapping[str, Any], clients: Sequence[Mapping[str, Any]]) -> None:
         """Write a round's row and its clients' rows, and flush."""
         for client in clients:
-            self._file.write(json.dumps(_finite({"kind": "client", **client})) + "\n")
-        self._file.write(json.dumps(_finite({"kind": "round", **row})) + "\n")
+            self._file.write(json.dumps(finite({"kind": "client", **client})) + "\n")
+        self._file.write(json.dumps(finite({"kind": "round", **row})) + "\n")
         self._file.flush()
         if self._events is not None:
             for name, value in _scalars(row):
@@ -130,10 +130,10 @@ def _scalars(row: Mapping[str, Any], prefix: str = "") -> list[tuple[str, float]
     return found
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
     """JSON has no NaN and no infinity: they become null."""
     if isinstance(value, Mapping):
-        return {key: _finite(part) for key, part in value.items()}
+        return {key: finite(part) for key, part in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_finite(part) for part in value]
+        return [finite(part) for part in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value

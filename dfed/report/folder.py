@@ -22,6 +22,7 @@ from dfed.cohort import Job
 from dfed.comm import Link
 from dfed.config import Config
 from dfed.errors import ConfigError, Fault
+from dfed.metrics import finite
 from dfed.state import ServerState
 from dfed.yaml_io import dump_yaml
 
@@ -128,7 +129,7 @@ class RunFolder:
 
     def _write(self, name: str, value: Mapping[str, Any]) -> None:
         partial = self.path / f".{name}.partial"
-        partial.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+        partial.write_text(json.dumps(finite(value), indent=2) + "\n", encoding="utf-8")
         partial.rename(self.path / name)
 
 

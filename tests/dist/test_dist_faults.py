@@ -255,7 +255,8 @@ def test_a_failing_client_fails_alone(long_config, broken, tmp_path, name, reaso
     assert 0 < len(failed) < len(clients)
     assert any(row["status"] == "completed" for row in clients)
     assert {row["status"] for row in failed} == {"failed"}
-    assert {(row["bytes_up"], row["status"]) for row in failed} == {(0, "failed")}
+    # A device whose update is refused has sent it; one whose training broke off has not.
+    assert {row["bytes_up"] > 0 for row in failed} == {reason == "non_finite"}
     assert result["reasons"][reason] == len(failed)
     assert result["clients"]["failed"] == sum(row["status"] == "failed" for row in clients)  # dropouts as well
     assert rounds_of(folder) == [0, 1, 2]
