@@ -116,7 +116,7 @@ class Config:
             "model": self.model.to_dict(),
             "data": {**self.data.model_dump(), **self.dataset_options, "partition": self.partition.to_dict()},
             "fleet": self.fleet.model_dump(exclude_none=True),
-            "client": _client_values(self.client),
+            "client": self.client.to_dict(),
             "server": {**self.server.model_dump(), "optimizer": self.server_optimizer.to_dict()},
             "sampler": self.sampler.to_dict(),
             "exchange": self.exchange,
@@ -149,22 +149,6 @@ class Config:
             path = Path(self.fleet.csv)  # what it holds counts, not where it lies; a missing file is the fleet's to report
             value["fleet"]["csv"] = hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
         return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
-
-
-def _client_values(settings: ClientSettings) -> dict[str, Any]:
-    """All settings of local training, but those that a config may not give because the optimiser has no use for them."""
-    return {
-        name: value for name, value in settings.model_dump().items()
-        if name in settings.model_fields_set or _is_valid(ClientSettings, {"optimizer": settings.optimizer, name: value})
-    }
-
-
-def _is_valid(model: type[Settings], value: Mapping[str, Any]) -> bool:
-    try:
-        model.model_validate(value)
-    except ValidationError:
-        return False
-    return True
 
 
 _GROUPS: dict[str, type[Settings]] = {

@@ -6,6 +6,7 @@ import gc
 import logging
 import signal
 import time
+from collections import Counter
 from dataclasses import replace
 from typing import Any
 
@@ -18,7 +19,7 @@ from dfed.config import Config
 from dfed.errors import CheckpointError, RankLost, WireError
 from dfed.metrics import MetricsWriter, add_totals, empty_totals
 from dfed.models import materialise
-from dfed.report.console import Console
+from dfed.report.console import Console, causes
 from dfed.report.folder import RunFolder
 from dfed.round import lead_round, take_part
 from dfed.run import Run, StopFlag, assemble, prepare
@@ -138,10 +139,11 @@ class Leader:
         self.state = replace(result.state, totals=add_totals(result.state.totals, result.row, result.clients))
         self._writer.write(result.row, result.clients)
         self._console.round_done(result.row)
-        if not result.clients and not self._warned_empty:
+        if not result.row["clients"]["completed"] and not self._warned_empty:
             self._warned_empty = True
-            logger.warning("round %d had no client: %d were asked and had no plan, %d were not available", done - 1,
-                           result.row["clients"]["ineligible"], result.row["clients"]["unavailable"])
+            reasons = Counter(client["reason"] for client in result.clients)
+            logger.warning("round %d changes nothing, as no client completed it: %s (said once)", done - 1,
+                           causes(result.row["clients"], reasons))
         self._stopped = (self._stopped or self._run.job.stop_requested()) and done < config.rounds
         if done % config.checkpoint.every == 0 or last or self._stopped:
             self._save()

@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import sys
+import traceback
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
-from dfed.errors import DfedError
+from dfed.errors import ConfigError, DataError, DfedError, Fault
 
 __all__ = [
     "ALL",
@@ -24,8 +27,11 @@ __all__ = [
     "STRATEGIES",
     "Registry",
     "UnknownName",
+    "calling",
     "nearest",
 ]
+
+_CHARACTERS = 300
 
 
 class UnknownName(DfedError, KeyError):
@@ -85,6 +91,42 @@ class Registry:
     def summary(self, name: str) -> str:
         """First line of the object's docstring."""
         return (self.get(name).__doc__ or "").strip().partition("\n")[0]
+
+
+@contextmanager
+def calling(field: str, name: str) -> Iterator[None]:
+    """Around calls of the function that a config names in ``field``: what it raises is a fault of that field.
+
+    Of a function of the user's own (``package.module:function``) that is anything; of one of dfed's, where an unforeseen
+    exception is a bug and keeps its traceback, a lack of memory and sizes that torch refuses.
+
+    Raises:
+        ConfigError: With type and text of the exception, and the line of the user's file where it came from.
+        DataError: If it was one; names ``field`` and a function of the user's own.
+    """
+    own = ":" in name
+    try:
+        yield
+    except DataError as error:
+        if not own:
+            raise
+        raise DataError(f"`{field}` '{name}': {error}") from error
+    except DfedError:
+        raise
+    except Exception as error:
+        if not own and not isinstance(error, (MemoryError, OverflowError, RuntimeError)):
+            raise
+        said = (str(error).partition("\n")[0][:_CHARACTERS] or "no text").rstrip(".")
+        raised = f"{type(error).__name__}: {said}{_place(error, name)}"
+        raise ConfigError([Fault(field, f"must name a function that works here, but '{name}' raised {raised}.")]) from error
+
+
+def _place(error: BaseException, name: str) -> str:
+    """Where an exception came from, as `` (file:line)``: the innermost frame in the file of ``name``, or of all."""
+    frames = traceback.extract_tb(error.__traceback__)
+    file = getattr(sys.modules.get(name.partition(":")[0]), "__file__", None)
+    frames = [frame for frame in frames if frame.filename == file] or list(frames)
+    return f" ({frames[-1].filename}:{frames[-1].lineno})" if frames else ""
 
 
 MODELS = Registry("model", {

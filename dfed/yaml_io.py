@@ -24,18 +24,48 @@ _NUMBERS_AND_WORDS = {
 }
 _REPLACED = [f"tag:yaml.org,2002:{kind}" for kind in (*_NUMBERS_AND_WORDS, "timestamp")]
 _MERGE = "tag:yaml.org,2002:merge"
+_MAX_VALUES, _MAX_LEVELS = 100_000, 100
+
+
+class _TooLarge(yaml.MarkedYAMLError):
+    """YAML that is larger than any config; ``context`` says what there may be at most."""
 
 
 class _Loader(yaml.SafeLoader):
     """Safe YAML in which a key given twice is an error, and bare scalars are what they look like.
 
     PyYAML follows YAML 1.1, where ``off`` is false, ``010`` is eight, ``1:30`` is ninety and ``1e-3`` is text.
+
+    A few lines of aliases of aliases can stand for billions of values: what they come to is counted, not built.
     """
 
     yaml_implicit_resolvers = {
         first: [(tag, pattern) for tag, pattern in resolvers if tag not in _REPLACED]
         for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
+
+
+    def __init__(self, text: str):
+        super().__init__(text)
+        self._level = 0
+        self._sizes: dict[yaml.Node, tuple[int, int]] = {}  # values and levels of each whole node, aliases expanded
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        self._level += 1
+        if self._level > _MAX_LEVELS:
+            raise _TooLarge(f"{_MAX_LEVELS} levels", None, None, self.peek_event().start_mark)
+        node = super().compose_node(parent, index)
+        self._level -= 1
+        if isinstance(node, yaml.CollectionNode) and node not in self._sizes:
+            parts = node.value if isinstance(node, yaml.SequenceNode) else [part for pair in node.value for part in pair]
+            # An alias inside the node that it stands for is not measured yet; that is an error of its own, raised later.
+            sizes = [self._sizes.get(part, (1, 1)) for part in parts]
+            values, levels = 1 + sum(size for size, _ in sizes), 1 + max((depth for _, depth in sizes), default=0)
+            if values > _MAX_VALUES or levels > _MAX_LEVELS:
+                most = f"{_MAX_VALUES:,} values" if values > _MAX_VALUES else f"{_MAX_LEVELS} levels"
+                raise _TooLarge(f"{most}, its aliases expanded", None, None, node.start_mark)
+            self._sizes[node] = values, levels
+        return node
 
 
 for _kind, (_pattern, _first) in _NUMBERS_AND_WORDS.items():
@@ -99,13 +129,14 @@ def _unshared(value: Any) -> Any:
     return [_unshared(part) for part in value] if isinstance(value, list) else value
 
 
-def _why(error: Exception) -> str:
-    """A parser's complaint on one line."""
-    if not isinstance(error, yaml.MarkedYAMLError):
-        return " ".join(str(error).split())
-    mark = error.problem_mark
+def _complaint(what: str, found: str, error: Exception) -> str:
+    """What a parser has to say of something that must be ``what``, on one line."""
+    mark = error.problem_mark if isinstance(error, yaml.MarkedYAMLError) else None
     where = f" (line {mark.line + 1}, column {mark.column + 1})" if mark is not None else ""
-    return f"{error.problem}{where}"
+    if isinstance(error, _TooLarge):
+        return f"must be {what} of at most {error.context}, but has more{where}."
+    why = error.problem if isinstance(error, yaml.MarkedYAMLError) else " ".join(str(error).split())
+    return f"must be {what}, but is {found}: {why}{where}."
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
@@ -119,7 +150,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     except OSError as error:
         raise ConfigError([Fault(str(path), f"must be a readable file, but is not: {error.strerror}.")]) from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError([Fault(str(path), f"must be YAML, but is not: {_why(error)}.")]) from error
+        raise ConfigError([Fault(str(path), _complaint("YAML", "not", error))]) from error
     if not isinstance(value, dict):
         raise ConfigError([Fault(str(path), f"must hold a mapping of settings, but holds {shown(value)}.")])
     return value
@@ -128,42 +159,51 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
 def apply_override(raw: dict[str, Any], override: str, faults: list[Fault]) -> None:
     """Set one ``key.sub=value``, making groups as needed; a name given as text becomes a group with that ``name``.
 
-    An entry of a list is ``key.0.sub`` or, as faults write it, ``key[0].sub``.
+    An entry of a list is ``key.0.sub`` or, as faults write it, ``key[0].sub``; it must be there already.
     """
     path, separator, text = override.partition("=")
     *groups, last = re.sub(r"\[([0-9]+)\]", r".\1", path).split(".")
     if not separator or not all((*groups, last)):
         faults.append(Fault(override, "must have the form key.sub=value."))
         return
+    if len(groups) >= _MAX_LEVELS:
+        faults.append(Fault(shown(path), f"must have at most {_MAX_LEVELS} parts, but has {len(groups) + 1}."))
+        return
     try:
         value = _parse(text)
     except yaml.YAMLError as error:
-        faults.append(Fault(path, f"must be a YAML value, but is {shown(text)}: {_why(error)}."))
+        faults.append(Fault(path, _complaint("a YAML value", shown(text), error)))
         return
     target: Any = raw
-    for group in groups:
-        target = _enter(target, group)
-        if target is None:
-            faults.append(Fault(path, f"must lead through groups of settings, but '{group}' is none."))
+    for number, key in enumerate([*groups, last]):
+        if isinstance(target, list) and not _is_index(key, target):
+            where = ".".join(groups[:number])
+            faults.append(Fault(path, f"must name {_entries(target)} of `{where}`, but names {shown(key)}."))
             return
-    if isinstance(target, list) and _is_index(last, target):
-        target[int(last)] = value
-    elif isinstance(target, dict):
-        target[last] = value
-    else:
-        faults.append(Fault(path, f"must name a setting or an entry of a list, but there is no '{last}'."))
+        if number == len(groups):
+            break
+        target = _enter(target, key)
+        if target is None:
+            faults.append(Fault(path, f"must lead through groups of settings, but {shown(key)} is none."))
+            return
+    target[int(last) if isinstance(target, list) else last] = value
+
+
+def _entries(target: list[Any]) -> str:
+    """Which entries a list has, for a message."""
+    if len(target) < 2:
+        return "the only entry (0)" if target else "one of the 0 entries"
+    return f"one of the {len(target)} entries (0 to {len(target) - 1})"
 
 
 def _is_index(key: str, target: list[Any]) -> bool:
-    return key.isdecimal() and int(key) < len(target)
+    return key.isdecimal() and len(key) < 19 and int(key) < len(target)
 
 
 def _enter(target: Any, key: str) -> Any:
     if isinstance(target, list):
-        child = target[int(key)] if _is_index(key, target) else None
+        child = target[int(key)]
         return child if isinstance(child, (dict, list)) else None
-    if not isinstance(target, dict):
-        return None
     child = target.get(key)
     if child is None:
         child = target[key] = {}

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+import sys
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 import torch
@@ -20,6 +21,12 @@ _OPTIONS = {
     "adam": ("betas", "epsilon"),
     "adamw": ("betas", "epsilon"),
 }
+_SCHEDULE_OPTIONS = {
+    "constant": (),
+    "step": ("milestones", "factor"),
+    "exponential": ("factor",),
+    "cosine": ("final",),
+}
 
 
 class ScheduleSettings(Settings):
@@ -27,7 +34,8 @@ class ScheduleSettings(Settings):
 
     Attributes:
         name: ``constant``; ``step``: times ``factor`` at each of ``milestones`` (rounds); ``exponential``: ``factor`` to
-            the power of the round; ``cosine``: from 1 to ``final`` over all rounds.
+            the power of the round; ``cosine``: from 1 to ``final`` over all rounds. Settings that the name has no use for
+            may not be given.
     """
 
     name: Literal["constant", "step", "exponential", "cosine"] = "constant"
@@ -36,20 +44,43 @@ class ScheduleSettings(Settings):
     final: Annotated[float, Field(ge=0, le=1)] = 0.0
 
     @model_validator(mode="after")
-    def _steps_somewhere(self) -> ScheduleSettings:
+    def _consistent(self) -> ScheduleSettings:
+        conflicts = [
+            f"must leave out `{name}` with the name '{self.name}', but sets it."
+            for name in _useless(_SCHEDULE_OPTIONS, self.name, self.model_fields_set)
+        ]
         if self.name == "step" and not self.milestones:
-            raise ValueError("must have at least one of `milestones` with the name 'step', but has none.")
+            conflicts.append("must have at least one of `milestones` with the name 'step', but has none.")
+        if conflicts:
+            raise ValueError(" ".join(conflicts))
         return self
 
+    def to_dict(self) -> dict[str, Any]:
+        """As a config writes it: all that may be given with this name."""
+        useless = _useless(_SCHEDULE_OPTIONS, self.name, type(self).model_fields)
+        return self.model_dump(exclude=set(useless))
+
     def at(self, round_index: int, rounds: int) -> float:
-        """The factor in round ``round_index`` (from 0) of ``rounds``."""
+        """The factor in round ``round_index`` (from 0) of ``rounds``; at most the largest float."""
         if self.name == "step":
-            return self.factor ** sum(round_index >= milestone for milestone in self.milestones)
+            return _power(self.factor, sum(round_index >= milestone for milestone in self.milestones))
         if self.name == "exponential":
-            return self.factor**round_index
+            return _power(self.factor, round_index)
         if self.name == "cosine":
             return self.final + (1 - self.final) * (1 + math.cos(math.pi * round_index / rounds)) / 2
         return 1.0
+
+
+def _power(factor: float, exponent: int) -> float:
+    try:
+        return factor**exponent
+    except OverflowError:
+        return sys.float_info.max
+
+
+def _useless(options: Mapping[str, Sequence[str]], name: str, given: Collection[str]) -> list[str]:
+    """What of ``given`` is an option of other names than this one."""
+    return sorted({option for names in options.values() for option in names}.intersection(given) - {*options[name]})
 
 
 def client_conflicts(given: Mapping[str, Any]) -> list[str]:
@@ -61,7 +92,7 @@ def client_conflicts(given: Mapping[str, Any]) -> list[str]:
     if given.get("nesterov") is True and not given.get("momentum"):
         conflicts.append("must have a `momentum` above 0 with `nesterov`, but has none.")
     if optimizer in _OPTIONS:
-        useless = sorted({"momentum", "nesterov", "betas", "epsilon"} & given.keys() - set(_OPTIONS[optimizer]))
+        useless = _useless(_OPTIONS, optimizer, given)
         conflicts += [f"must leave out `{name}` with the optimiser '{optimizer}', but sets it." for name in useless]
     return conflicts
 
@@ -72,9 +103,13 @@ class ClientSettings(Settings):
     Attributes:
         optimizer: ``sgd``, ``adam`` or ``adamw``; made anew for each client and round.
         epochs, steps: Passes over the client's data, or optimiser steps; exactly one (default: 1 epoch).
+        batch_size: Samples in a mini-batch, less than 2³¹: more than anyone has, and the sizes of tensors fit 64 bits.
         drop_last: Whether a last mini-batch that is not full is left out.
         clip_norm: Gradients are scaled down to this Euclidean norm; null: never.
         augment: ``none``, ``flip``, ``crop`` or ``crop_flip``.
+        activation_checkpointing: Whether a unit's activations are dropped after the forward pass and computed again in the
+            backward pass: less memory, the same bits, about a third more arithmetic.
+        precision: ``fp32``, or ``bf16`` for autocast: weights, gradients and the optimiser stay float32.
     """
 
     optimizer: Literal["sgd", "adam", "adamw"] = "sgd"
@@ -84,13 +119,15 @@ class ClientSettings(Settings):
     weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
     betas: Annotated[list[Annotated[float, Field(ge=0, lt=1)]], Field(min_length=2, max_length=2)] = [0.9, 0.999]
     epsilon: Annotated[float, Field(gt=0)] = 1e-8
-    batch_size: Annotated[int, Field(ge=1)] = 32
+    batch_size: Annotated[int, Field(ge=1, lt=2**31)] = 32
     epochs: Annotated[int, Field(ge=1)] | None = None
     steps: Annotated[int, Field(ge=1)] | None = None
     drop_last: bool = False
     clip_norm: Annotated[float, Field(gt=0)] | None = None
     schedule: ScheduleSettings = ScheduleSettings()
     augment: Literal["none", "flip", "crop", "crop_flip"] = "none"
+    activation_checkpointing: bool = False
+    precision: Literal["fp32", "bf16"] = "fp32"
 
     @model_validator(mode="after")
     def _consistent(self) -> ClientSettings:
@@ -99,6 +136,11 @@ class ClientSettings(Settings):
         if conflicts:
             raise ValueError(" ".join(conflicts))
         return self
+
+    def to_dict(self) -> dict[str, Any]:
+        """As a config writes it: all that may be given with this optimiser."""
+        useless = _useless(_OPTIONS, self.optimizer, type(self).model_fields)
+        return {**self.model_dump(exclude=set(useless)), "schedule": self.schedule.to_dict()}
 
     @property
     def phases(self) -> tuple[Phase, ...]:

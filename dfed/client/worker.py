@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -37,6 +38,8 @@ logger = logging.getLogger(__name__)
 
 _TRACEBACK_CHARACTERS = 4000
 _ERROR_CHARACTERS = 120
+_LOOKED_AT = 4096
+_ONE_VALUE = "Expected more than 1 value per channel when training"
 
 
 @dataclass(kw_only=True)
@@ -45,7 +48,8 @@ class ClientReport:
 
     Attributes:
         status: ``completed``, ``oom`` or ``failed``.
-        reason: Why it did not complete: ``oom``, ``exception``, ``non_finite``, ``out_of_range``, ``dropout``.
+        reason: Why it did not complete: ``oom``, or of the failed: ``exception``, ``non_finite``, ``out_of_range``,
+            ``dropout``, and ``host_memory``: the machine ran out while no cap was in force.
         detail: The error's text, for the log.
         loss: Mean training loss over all visits.
         num_visits, num_steps: Samples seen, repetitions counted, and optimiser steps.
@@ -122,7 +126,9 @@ class Worker:
         skeleton.model.set_generator(generator)
         optimizer = make_optimizer(self._settings, skeleton.model.parameters(), 1.0)
         x = torch.zeros(2, *chain.input_shape, device=self._device)
-        F.cross_entropy(skeleton.model(x), torch.zeros(2, dtype=torch.int64, device=self._device)).backward()
+        with torch.autocast(self._device.type, torch.bfloat16, enabled=self._settings.precision == "bf16"):
+            scores = skeleton.model(x)
+        F.cross_entropy(scores.float(), torch.zeros(2, dtype=torch.int64, device=self._device)).backward()
         optimizer.step()
 
     def sums(self, names: Iterable[str]) -> PartialSums:
@@ -178,7 +184,8 @@ class Worker:
         except (RankLost, KeyboardInterrupt):
             raise
         except UpdateRejected as error:
-            report.status, report.reason, report.detail, report.loss = "failed", error.reason, str(error), None
+            report.status, report.reason, report.loss = "failed", error.reason, None
+            report.detail = str(error) + (self._why_not_finite(plan) if error.reason == "non_finite" else "")
         except Exception as error:
             self._note_failure(error, report, task["budget_bytes"])
         finally:
@@ -187,7 +194,7 @@ class Worker:
         report.time_s = time.perf_counter() - start
         if report.status != "completed":
             gc.collect()
-            if report.status == "oom":
+            if report.reason in ("oom", "host_memory"):
                 self._thread.replace()
             self._warn(down.round_index, report, (plan.shape_key(), task["budget_bytes"]))
         return report, update
@@ -236,15 +243,37 @@ class Worker:
             self._warned.add(case)
         logger.warning("round %d client %d %s: %s", round_index, report.client, report.reason, report.detail)
 
+    def _why_not_finite(self, plan: Plan) -> str:
+        """What to look at when a client's update is not finite: its data, else the learning rate."""
+        try:
+            indices = self._partition.indices(plan.client)[:_LOOKED_AT]
+            for part in np.array_split(indices, -(-len(indices) // plan.phases[0].batch_size)):
+                images = self._dataset.batch(part)[0]
+                bad = (~images.isfinite()).flatten(1).any(dim=1).nonzero()
+                if len(bad):
+                    return (f" The loss was not finite because the client's data are not: check the data (training sample "
+                            f"{part[int(bad[0])]} holds NaN or infinity).")
+        except Exception:  # the data were read a moment ago; no explanation is worth the rank
+            return ""
+        what = "data" if len(indices) < _LOOKED_AT else f"first {_LOOKED_AT} samples"
+        return f" The client's {what} are finite: check the learning rate (`client.learning_rate`, `client.clip_norm`)."
+
     def _note_failure(self, error: Exception, report: ClientReport, budget_bytes: int | None) -> None:
         """Put an exception of a client's training on its report, and let go of the tensors that its frames hold."""
-        if is_out_of_memory(error, capped=self._cap.enforces and budget_bytes is not None):
-            report.status, report.reason = "oom", "oom"
-            said = str(error).partition("\n")[0][-_ERROR_CHARACTERS:]
-            report.detail = f"out of memory on a budget of {format_bytes(budget_bytes)}: {said}"
+        capped = self._cap.enforces and budget_bytes is not None
+        if is_out_of_memory(error, capped=capped):
+            said = str(error).partition("\n")[0][-_ERROR_CHARACTERS:].lstrip(" .")
+            report.status, report.reason = ("oom", "oom") if capped else ("failed", "host_memory")
+            whose = f"on a budget of {format_bytes(budget_bytes)}" if capped else "without a cap, which is this machine's lack"
+            report.detail = f"out of memory {whose}: {said}"
         else:
             report.status, report.reason = "failed", "exception"
             report.detail = "".join(traceback.format_exception(error))[-_TRACEBACK_CHARACTERS:]
+            if _ONE_VALUE in report.detail:
+                report.detail += (
+                    "A mini-batch of one sample reached a batch norm over a single pixel. `client.drop_last: true` leaves out "
+                    "a last mini-batch that is too small; `model.norm: group`, larger images or more samples help too."
+                )
         report.loss = None
         traceback.clear_frames(error.__traceback__)
 

@@ -33,7 +33,7 @@ class BackendSettings(Settings):
     name: Literal["auto", "gloo", "nccl"] = "auto"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     timeout_s: Annotated[float, Field(gt=0, le=30 * 86_400)] = 600.0
-    threads: Annotated[int, Field(ge=1)] = 1
+    threads: Annotated[int, Field(ge=1, le=256)] = 1
 
 
 @dataclass(frozen=True)

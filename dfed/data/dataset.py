@@ -19,6 +19,8 @@ __all__ = ["DATASET_GIVEN", "ArrayDataset", "Bundle", "Complement", "DataSplits"
 DATASET_GIVEN = ("root", "download", "cache", "seed")
 """Parameters of a data set function that dfed passes itself; the others are its options."""
 
+_MOST_VALIDATION = 2**26  # their indices are held: 0.5 GiB
+
 
 class Dataset(ABC):
     """Labelled images with integer indices; the same index always gives the same sample.
@@ -190,52 +192,70 @@ def load(
     Raises:
         UnknownName: If there is no such data set.
         DataError: If the data are missing, damaged, or not of the kind promised.
+        ConfigError: If a function of your own raises.
     """
     if not 0 <= validation_fraction < 1:
-        raise DataError(f"`validation_fraction` must be at least 0 and less than 1, but is {validation_fraction}.")
-    result = registry.DATASETS.get(name)(root=root, download=download, cache=cache, seed=seed, **options)
-    bundle = _as_bundle(result, name)
+        raise DataError(f"`data.validation_fraction` must be at least 0 and less than 1, but is {validation_fraction}.")
+    function = registry.DATASETS.get(name)
+    with registry.calling("data.dataset", name):
+        bundle = _as_bundle(function(root=root, download=download, cache=cache, seed=seed, **options))
     if validation_fraction == 0:
         return DataSplits(bundle.train, None, bundle.test)
     total = bundle.train.num_samples
-    count = max(1, round(validation_fraction * total))
-    if count >= total:
-        raise DataError(
-            f"`validation_fraction` must leave at least 1 of {total} training samples, but {validation_fraction} "
-            f"takes {count}."
-        )
+    count = _validation_count(validation_fraction, total)
     taken = np.sort(rng.Permutation(total, seed, "validation").take(np.arange(count)))
     return DataSplits(Complement(bundle.train, taken), Subset(bundle.train, taken), bundle.test)
 
 
-def _as_bundle(result: object, name: str) -> Bundle:
+def _validation_count(fraction: float, total: int) -> int:
+    """How many of ``total`` training samples become the validation set."""
+    count = max(1, round(fraction * total))
+    if total == 1:
+        raise DataError(f"`data.validation_fraction` must be 0, as there is only 1 training sample, but is {fraction}.")
+    if count >= total:
+        raise DataError(
+            f"`data.validation_fraction` must leave at least 1 of {total} training samples (as {1 - 1 / total:.3g} does), "
+            f"but is {fraction}, which takes {count}."
+        )
+    if count > _MOST_VALIDATION:
+        raise DataError(
+            f"`data.validation_fraction` must take at most {_MOST_VALIDATION} of {total} training samples, but is "
+            f"{fraction}, which takes {count}."
+        )
+    return count
+
+
+def _as_bundle(result: object) -> Bundle:
     """The data set function's result as a checked :class:`Bundle`."""
     if not isinstance(result, Bundle):
-        result = _bundle_of_arrays(result, name)
+        result = _bundle_of_arrays(result)
     for part in ("train", "test"):
         if not isinstance(getattr(result, part), Dataset):
             kind = type(getattr(result, part)).__name__
-            raise DataError(f"the {part} part of data set '{name}' must be a dfed.data.Dataset, but is a {kind}.")
+            raise DataError(f"the {part} part must be a dfed.data.Dataset, but is a {kind}.")
     train, test = result.train, result.test
     if (train.shape, train.num_classes) != (test.shape, test.num_classes):
         raise DataError(
-            f"both parts of data set '{name}' must have the same shape and classes, but training has {train.shape} "
+            f"both parts must have the same shape and classes, but training has {train.shape} "
             f"and {train.num_classes} classes, test {test.shape} and {test.num_classes}."
         )
     return result
 
 
-def _bundle_of_arrays(result: object, name: str) -> Bundle:
+def _bundle_of_arrays(result: object) -> Bundle:
     """A :class:`Bundle` of ``((images, labels), (images, labels))``."""
     is_pair = isinstance(result, (tuple, list)) and len(result) == 2
     if not is_pair or not all(isinstance(part, (tuple, list)) and len(part) == 2 for part in result):
         raise DataError(
-            f"data set '{name}' must return a dfed.data.Bundle, or ((images, labels), (images, labels)) for training "
-            f"and test, but returns a {type(result).__name__}."
+            f"the function must return a dfed.data.Bundle, or ((images, labels), (images, labels)) for training and test, "
+            f"but returns a {type(result).__name__}."
         )
     parts = [tuple(np.asarray(array) for array in part) for part in result]
-    for images, labels in parts:
-        _check_arrays(images, labels, None)
+    for part, (images, labels) in zip(("training", "test"), parts, strict=True):
+        try:
+            _check_arrays(images, labels, None)
+        except DataError as error:
+            raise DataError(f"{part} part: {error}") from error
     num_classes = int(max(labels.max() for _, labels in parts)) + 1
     train, test = (ArrayDataset(images, labels, num_classes=num_classes) for images, labels in parts)
     return Bundle(train, test)

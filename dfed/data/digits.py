@@ -12,6 +12,7 @@ from pydantic import Field
 from dfed import rng
 from dfed.data.cache import Create, cached
 from dfed.data.dataset import ArrayDataset, Bundle, Subset
+from dfed.errors import DataError
 
 __all__ = ["digits", "stratified_split"]
 
@@ -37,11 +38,20 @@ def digits(
         seed: Keys the split.
         image_size: Height and width in pixels; 8 leaves the scans alone, more resizes them (bilinear).
         test_fraction: Part of every class that becomes the test set.
+
+    Raises:
+        DataError: If training or test set would be empty.
     """
     depends = {"scikit-learn": importlib.metadata.version("scikit-learn"), "image_size": image_size}
     arrays = cached("digits", depends, lambda create: _decode(create, image_size), cache=cache)
     whole = ArrayDataset(arrays["images"], arrays["labels"], num_classes=10)
     train, test = stratified_split(arrays["labels"], test_fraction, seed, "digits")
+    if not len(train) or not len(test):
+        step = 1 / int(np.bincount(arrays["labels"]).max())
+        raise DataError(
+            f"`data.test_fraction` must leave samples on both sides, as {step:.3g} to {1 - step:.3g} do, "
+            f"but is {test_fraction}."
+        )
     return Bundle(Subset(whole, train), Subset(whole, test))
 
 

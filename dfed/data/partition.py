@@ -28,6 +28,8 @@ PARTITIONER_GIVEN = ("num_samples", "labels", "num_classes", "num_clients", "tie
 """Parameters of a partitioner that dfed passes itself; the others are its options."""
 
 _DIRICHLET_ATTEMPTS = 20
+_MOST_PER_CLIENT = 2**26  # a client's indices and their order are held: a few GiB while they are worked out
+_MOST_LABELS = 2**28  # 2 GiB, and as much again for each order of them
 
 Alpha = Annotated[float, Field(gt=0, le=1e9)]
 Count = Annotated[int, Field(ge=1)]
@@ -61,21 +63,47 @@ def make_partition(
     Raises:
         UnknownName: If there is no such partitioner.
         DataError: If the samples cannot be dealt out as asked; the message says what would be possible.
+        ConfigError: If a function of your own raises, or there is too little memory.
     """
     if num_clients < 1 or num_clients > num_samples:
         raise DataError(
-            f"`num_clients` must be at least 1 and at most {num_samples}, the number of training samples, "
-            f"but is {num_clients}."
+            f"`fleet.clients` must be at least 1 and at most {num_samples}, the number of training samples, as every client "
+            f"needs one, but is {num_clients}."
         )
-    partition = registry.PARTITIONERS.get(name)(
-        num_samples=num_samples, labels=labels, num_classes=num_classes, num_clients=num_clients, tier_of=tier_of,
-        seed=seed, **options,
-    )
-    if not isinstance(partition, Partition):
+    function = registry.PARTITIONERS.get(name)
+    with registry.calling("data.partition", name):
+        partition = function(
+            num_samples=num_samples, labels=lambda: _checked(labels, name, num_samples, num_classes),
+            num_classes=num_classes, num_clients=num_clients, tier_of=tier_of, seed=seed, **options,
+        )
+        if not isinstance(partition, Partition):
+            kind = type(partition).__name__
+            raise DataError(f"the partitioner must return a dfed.data.Partition, but returns a {kind}.")
+        largest = partition.largest()
+    if largest > _MOST_PER_CLIENT:
         raise DataError(
-            f"partitioner '{name}' must return a dfed.data.Partition, but returns a {type(partition).__name__}."
+            f"`data.partition` must give every client at most {_MOST_PER_CLIENT} samples, but gives one {largest}: take "
+            "fewer samples, or more clients."
         )
     return partition
+
+
+def _checked(labels: Labels, name: str, num_samples: int, num_classes: int) -> np.ndarray:
+    """All labels, if they can be held and are what a data set promises."""
+    if num_samples > _MOST_LABELS:
+        raise DataError(
+            f"`data.partition` must be one that needs no labels (iid, quantity_skew, or fixed without alpha) for more than "
+            f"{_MOST_LABELS} training samples, but is '{name}' for {num_samples}."
+        )
+    found = np.asarray(labels())
+    if found.shape != (num_samples,) or found.dtype.kind not in "iu" or found.min() < 0 or found.max() >= num_classes:
+        raise DataError(
+            f"`data.dataset` must have labels that are integers in [0, {num_classes}), one for each of {num_samples} training "
+            f"samples, but has {found.dtype} {found.shape}" + (
+                f" from {found.min()} to {found.max()}." if found.size and found.dtype.kind in "iu" else "."
+            )
+        )
+    return found
 
 
 def iid(
@@ -237,8 +265,9 @@ def quantity_skew(
 def _check_enough(option: str, per_client: int, num_clients: int, num_samples: int) -> None:
     """Raise if ``num_samples`` do not suffice for ``per_client`` each."""
     if per_client * num_clients > num_samples:
+        fewer = num_samples // per_client  # none if one client alone would want more than there is
         raise DataError(
-            f"`{option}` must be at most {num_samples // num_clients} for {num_clients} clients, or `num_clients` at "
-            f"most {num_samples // per_client} for {per_client} each, as there are {num_samples} training samples; "
-            f"but {per_client} × {num_clients} are asked for."
+            f"`data.partition.{option}` must be at most {num_samples // num_clients} for {num_clients} clients"
+            + (f", or `fleet.clients` at most {fewer} for {per_client} each" if fewer else "")
+            + f", as there are {num_samples} training samples, but is {per_client}."
         )

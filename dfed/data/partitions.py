@@ -36,6 +36,10 @@ class Partition(ABC):
     def sizes(self) -> np.ndarray:
         """Number of samples of every client, int64 (num_clients,)."""
 
+    def largest(self) -> int:
+        """Number of samples of the client that has most."""
+        return int(self.sizes().max())
+
     @abstractmethod
     def label_counts(self, clients: Iterable[int]) -> np.ndarray | None:
         """Samples of each class, summed over ``clients``, int64 (num_classes,).
@@ -81,6 +85,9 @@ class EqualPartition(_PermutedPartition):
 
     def sizes(self) -> np.ndarray:
         return self._size + (np.arange(self.num_clients) < self._longer)
+
+    def largest(self) -> int:
+        return self._size + (self._longer > 0)
 
     def _bounds(self, client: int) -> tuple[int, int]:
         _check_client(client, self.num_clients)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated
 
 import numpy as np
@@ -11,12 +12,14 @@ from torch import Tensor
 
 from dfed import rng
 from dfed.data.dataset import Bundle, Dataset
+from dfed.errors import DataError
 
 __all__ = ["SyntheticDataset", "synthetic"]
 
 _TAPE_BITS = 19
 _TEST_START = 1 << (2 * _TAPE_BITS - 1)
 _SHAPE = [3, 32, 32]
+_MOST_VALUES = 2**28  # of all patterns, which are held: 1 GiB
 
 _Samples = Annotated[int, Field(ge=1, le=_TEST_START)]
 
@@ -42,8 +45,17 @@ def synthetic(
         classes: Number of classes.
         samples, test_samples: Number of training and test samples; neither costs memory or time.
         noise: Standard deviation of a pixel's noise; the patterns' is 1.
+
+    Raises:
+        DataError: If one image of every class is more than 1 GiB in all.
     """
     size = (shape[0], shape[1], shape[2])
+    if classes * math.prod(size) > _MOST_VALUES:
+        raise DataError(
+            f"`data.shape` must have at most {_MOST_VALUES // classes} pixels (all channels) for {classes} classes "
+            f"(`data.classes`), but is {shape}." if classes <= _MOST_VALUES else
+            f"`data.classes` must be at most {_MOST_VALUES}, but is {classes}."
+        )
     train = SyntheticDataset(size, classes=classes, samples=samples, start=0, noise=noise, seed=seed)
     test = SyntheticDataset(size, classes=classes, samples=test_samples, start=_TEST_START, noise=noise, seed=seed)
     return Bundle(train, test)

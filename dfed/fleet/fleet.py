@@ -7,8 +7,9 @@ from collections.abc import Callable
 
 import numpy as np
 
+from dfed.errors import ConfigError, Fault
 from dfed.fleet.profile import DeviceProfile
-from dfed.fleet.settings import DeviceSettings, FleetSettings
+from dfed.fleet.settings import DeviceSettings, FleetSettings, TooSmall, resolve_memory
 from dfed.fleet.table import Rows, read_rows
 from dfed.rng import Permutation, uniform
 
@@ -48,20 +49,26 @@ class Fleet:
                 most once, and only if some budget is a fraction of it.
 
         Raises:
-            ConfigError: If the file of ``settings.csv`` cannot be read or has faults; names the lines.
+            ConfigError: If a fraction comes to less than 1 MiB, or the file of ``settings.csv`` cannot be read or has
+                faults; names the tiers or lines.
         """
         peak = functools.cache(full_peak_bytes)
 
         def budget(device: DeviceSettings) -> int | None:
-            if isinstance(device.memory, float):
-                return max(1, round(device.memory * peak()))
-            return device.memory
+            return resolve_memory(device.memory, peak)
 
         if settings.csv is not None:
             return cls(read_rows(settings.csv, settings.clients, budget), seed=seed)
         assert settings.tiers is not None
-        profiles = tuple(_profile(tier.name, tier, budget(tier)) for tier in settings.tiers)
-        return cls(_Tiers(profiles, settings.counts(), seed), seed=seed)
+        profiles, faults = [], []
+        for i, tier in enumerate(settings.tiers):
+            try:
+                profiles.append(_profile(tier.name, tier, budget(tier)))
+            except TooSmall as error:
+                faults.append(Fault(f"fleet.tiers[{i}].memory", str(error)))
+        if faults:
+            raise ConfigError(faults)
+        return cls(_Tiers(tuple(profiles), settings.counts(), seed), seed=seed)
 
     @property
     def has_budgets(self) -> bool:

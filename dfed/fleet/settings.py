@@ -2,19 +2,31 @@
 
 from __future__ import annotations
 
+import json
 import math
+from collections.abc import Callable
 from fractions import Fraction
 from typing import Annotated
 
-from pydantic import BeforeValidator, Field, ValidationInfo, field_validator
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo, field_validator
 
-from dfed.settings import ByteRate, Rate, Settings, parse_quantity
+from dfed.settings import ByteRate, Rate, Settings, format_bytes, parse_quantity
 
-__all__ = ["DeviceSettings", "FleetSettings", "Memory", "TierSettings", "parse_memory"]
+__all__ = [
+    "DeviceSettings",
+    "FleetSettings",
+    "Memory",
+    "TierSettings",
+    "TooSmall",
+    "check_name",
+    "parse_memory",
+    "resolve_memory",
+]
 
 _MIB = 2**20
-_MAX_FRACTION = 10.0
+_MIN_FRACTION, _MAX_FRACTION = 0.001, 10.0
 _SHARE_TOLERANCE = 1e-6
+_MAX_CHARACTERS = 80
 
 
 def parse_memory(value: object) -> int | float | None:
@@ -23,9 +35,13 @@ def parse_memory(value: object) -> int | float | None:
     Text is a percentage (``"50%"``, a fraction), bytes with a unit (``"64MB"``, ``"1.5 GiB"``), or a bare number, which
     means what the same number means outside quotes.
 
+    A budget is 1 MiB at least: the kernel's counters, by which a cap is kept, lag by about as much. A fraction is 0.001 at
+    least: a smaller one is a slip, since the whole would have to be 1 GiB or more; whether the bytes that it comes to are
+    1 MiB is known only with the model, see :func:`resolve_memory`.
+
     Raises:
-        ValueError: If the value is none of these, is less than 1 MiB as a bare integer (most likely meant as a share),
-            or is a fraction outside (0, 10].
+        ValueError: If the value is none of these, is less than 1 MiB (as a bare integer most likely meant as a share), or
+            is a fraction outside [0.001, 10].
     """
     if value is None:
         return None
@@ -39,13 +55,13 @@ def parse_memory(value: object) -> int | float | None:
             )
         return _checked_bytes(value)
     if isinstance(value, float):
-        if not 0 < value <= _MAX_FRACTION:
+        if not _MIN_FRACTION <= value <= _MAX_FRACTION:
             raise ValueError(
-                f"must, as a fraction of the full model's peak, be more than 0 and at most {_MAX_FRACTION:g}, but is "
-                f"{value}; write bytes as an integer or as text such as '64MB'."
+                f"must, as a fraction of the full model's peak, be at least {_MIN_FRACTION:g} and at most "
+                f"{_MAX_FRACTION:g}, but is {value}; write bytes as an integer or as text such as '64MB'."
             )
         return value
-    raise ValueError(f"must be bytes (64000000, '64MB'), a share (0.5, '50%') or null, but is {value!r}.")
+    raise ValueError(_not_memory(value))
 
 
 def _memory_from_text(text: str) -> int | float | None:
@@ -63,13 +79,58 @@ def _memory_from_text(text: str) -> int | float | None:
         if math.isnan(share):
             raise ValueError(f"must be a percentage such as '50%', but is '{text}'.")
         return parse_memory(share)
-    return _checked_bytes(round(parse_quantity(text, "B")))
+    try:
+        value = round(parse_quantity(text, "B"))
+    except ValueError:
+        raise ValueError(_not_memory(text)) from None
+    return _checked_bytes(value)
+
+
+def _not_memory(value: object) -> str:
+    return f"must be bytes (64000000, '64MB') or a share (0.5, '50%'), or be left out for no limit, but is {_written(value)}."
+
+
+def _written(value: object) -> str:
+    """A value of a config as YAML writes it, cut to a length that fits a message."""
+    try:
+        text = repr(value) if isinstance(value, str) else json.dumps(value, skipkeys=True, default=repr)
+    except ValueError:  # whole numbers of thousands of digits
+        text = f"a {type(value).__name__}"
+    return text if len(text) <= _MAX_CHARACTERS else f"{text[:_MAX_CHARACTERS - 1]}…"
 
 
 def _checked_bytes(value: int) -> int:
-    if not 1 <= value < 2**63:
-        raise ValueError(f"must be at least 1 byte and less than 2**63 bytes, but is {value}.")
+    if not _MIB <= value < 2**63:
+        raise ValueError(f"must be at least 1 MiB ({_MIB} bytes) and less than 2**63 bytes, but is {value}.")
     return value
+
+
+class TooSmall(ValueError):
+    """A fraction of the full model's peak that comes to less than 1 MiB."""
+
+
+def resolve_memory(memory: int | float | None, full_peak_bytes: Callable[[], int]) -> int | None:
+    """A budget in bytes; None for no limit.
+
+    Args:
+        memory: What :func:`parse_memory` returned.
+        full_peak_bytes: Gives the peak that a fraction is of; called for a fraction only.
+
+    Raises:
+        TooSmall: If a fraction comes to less than 1 MiB; says which fraction would do.
+    """
+    if not isinstance(memory, float):
+        return memory
+    peak = full_peak_bytes()
+    budget = round(memory * peak)
+    if budget >= _MIB:
+        return budget
+    smallest = math.ceil(_MIB / peak * 1000) / 1000
+    enough = f"at least {smallest:g}" if smallest <= _MAX_FRACTION else "given in bytes, of at least 1 MiB"
+    raise TooSmall(
+        f"must be {enough}, as the full model takes {format_bytes(peak)} and a budget 1 MiB or more, but is {memory:g}, "
+        f"which is {format_bytes(budget)}."
+    )
 
 
 Memory = Annotated[int | float | None, BeforeValidator(parse_memory)]
@@ -84,8 +145,8 @@ class DeviceSettings(Settings):
     """One device. The defaults are round figures for a phone on a mobile network; none of them is a measurement.
 
     Attributes:
-        memory: Budget: bytes (``64000000``, ``"64MB"``), a fraction of the full model's peak at the configured batch
-            (``0.5``, ``"50%"``), or null for no limit.
+        memory: Budget, 1 MiB at least: bytes (``64000000``, ``"64MB"``), a fraction of the full model's peak at the
+            configured batch (``0.5``, ``"50%"``), or null for no limit.
         flops: Sustained speed of training in FLOP/s, far below a chip's peak; text such as ``"20 GFLOPS"``.
         up, down: Speed of the link to and from the server in bytes/s; text such as ``"1.25 MB/s"`` or ``"10 Mbps"``.
         watts: Power in W while computing.
@@ -104,10 +165,21 @@ class DeviceSettings(Settings):
     dropout: Annotated[float, _Probability] = 0.0
 
 
+def check_name(name: str) -> str:
+    """``name``, which a tier may have: it goes into files, tables and the terminal as it is.
+
+    Raises:
+        ValueError: If it is empty or holds characters that cannot be printed.
+    """
+    if not name or not name.isprintable():
+        raise ValueError(f"must be text of at least 1 character, all of which can be printed, but is {_written(name)}.")
+    return name
+
+
 class TierSettings(DeviceSettings):
     """A class of equal devices and its size: exactly one of ``share`` (of all clients, in (0, 1]) and ``count``."""
 
-    name: str = Field(min_length=1)
+    name: Annotated[str, AfterValidator(check_name)]
     share: float | None = Field(default=None, gt=0, le=1)
     count: int | None = Field(default=None, ge=1)
 
@@ -129,7 +201,7 @@ class FleetSettings(Settings):
             to ``clients``); names are unique, and every tier gets at least one client.
         csv: Path of a UTF-8 file, relative to the working directory. Its header names columns of
             :class:`DeviceSettings` and, optionally, ``tier`` and ``client`` (0, 1, 2, … in order). A column or cell
-            left out takes the default.
+            left out takes the default. Lines are blank at the end of the file only.
     """
 
     clients: int | None = Field(default=None, ge=1)

@@ -10,7 +10,7 @@ from pydantic import ValidationError
 
 from dfed.errors import ConfigError, Fault
 from dfed.fleet.profile import DeviceProfile
-from dfed.fleet.settings import DeviceSettings
+from dfed.fleet.settings import DeviceSettings, TooSmall, check_name
 
 __all__ = ["Rows", "read_rows"]
 
@@ -69,12 +69,16 @@ def read_rows(path: str, clients: int | None, budget: Callable[[DeviceSettings],
             rows = csv.reader(file, strict=True)
             header = [cell.strip() for cell in next(rows, [])]
             _check_header(header, path)
-            lines = [(rows.line_num, cells) for cells in rows if cells]
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise _fault(f"must name a file of comma-separated values, but '{path}' cannot be read: {error}.") from error
+            lines = [(rows.line_num, cells) for cells in rows]
+    except OSError as error:
+        raise _fault(f"must name a file that can be read, but {path!r} cannot be read: {error.strerror}.") from error
+    except (ValueError, csv.Error) as error:  # also text that is not UTF-8, and a path with a NUL
+        raise _fault(f"must name a file of comma-separated values, but {path!r} cannot be read: {error}.") from error
+    while lines and _is_blank(lines[-1][1]):
+        lines.pop()
     if not lines or (clients is not None and len(lines) != clients):
         allowed = "at least one line" if clients is None else f"as many lines as `clients` ({clients})"
-        raise _fault(f"must have {allowed} below the header, but '{path}' has {len(lines)}.")
+        raise _fault(f"must have {allowed} below the header, but {path!r} has {len(lines)}.")
     return _columns(header, lines, budget)
 
 
@@ -85,14 +89,18 @@ def _columns(header: list[str], lines: list[tuple[int, list[str]]], budget: Call
     numbers = np.empty((len(lines), len(_NUMBERS)), dtype=np.float64)
     faults: list[Fault] = []
     for client, (line, cells) in enumerate(lines):
+        if len(faults) >= _MAX_FAULTS:
+            break
         try:
             tier, device = _device(header, cells, client)
         except ValueError as error:
             faults.extend(Fault(_FIELD, f"line {line}: {message}") for message in _messages(error))
-            if len(faults) >= _MAX_FAULTS:
-                break
             continue
-        resolved = budget(device)
+        try:
+            resolved = budget(device)
+        except TooSmall as error:
+            faults.append(Fault(_FIELD, f"line {line}: `memory` {error}"))
+            continue
         tiers[client] = tier_names.setdefault(tier, len(tier_names))
         budgets[client] = _NO_LIMIT if resolved is None else resolved
         numbers[client] = [getattr(device, name) for name in _NUMBERS]
@@ -102,13 +110,25 @@ def _columns(header: list[str], lines: list[tuple[int, list[str]]], budget: Call
 
 
 def _device(header: list[str], cells: list[str], client: int) -> tuple[str, DeviceSettings]:
+    if _is_blank(cells):  # most likely a slip: it would move the number of every client below it
+        raise ValueError("must describe a client, but is blank; only the end of the file may be.")
     if len(cells) != len(header):
-        raise ValueError(f"must have {len(header)} cells, as the header has, but has {len(cells)}.")
+        plural = "" if len(header) == 1 else "s"
+        raise ValueError(f"must have {len(header)} cell{plural}, as the header has, but has {len(cells)}.")
     given = {name: cell.strip() for name, cell in zip(header, cells, strict=True) if cell.strip()}
     tier, number = given.pop("tier", "all"), given.pop("client", str(client))
     if number != str(client):
-        raise ValueError(f"`client` must count up from 0 and be {client} here, but is '{number}'.")
+        raise ValueError(f"`client` must count up from 0 and be {client} here, but is {number!r}.")
+    try:
+        check_name(tier)
+    except ValueError as error:
+        raise ValueError(f"`tier` {error}") from error
     return tier, DeviceSettings(**{name: _scalar(cell) for name, cell in given.items()})
+
+
+def _is_blank(cells: list[str]) -> bool:
+    """Whether a line holds nothing; one with the single cell ``""`` is a client with the defaults."""
+    return not cells or (len(cells) == 1 and cells[0].isspace())
 
 
 def _scalar(cell: str) -> int | float | str:
@@ -136,9 +156,9 @@ def _messages(error: ValueError) -> list[str]:
 def _check_header(header: list[str], path: str) -> None:
     unknown = [name for name in header if name not in _COLUMNS]
     if unknown:
-        raise _fault(f"must have columns out of {', '.join(_COLUMNS)}, but '{path}' has '{unknown[0]}'.")
+        raise _fault(f"must have columns out of {', '.join(_COLUMNS)}, but {path!r} has {unknown[0]!r}.")
     if len(set(header)) != len(header):
-        raise _fault(f"must name each column once, but the header of '{path}' repeats one.")
+        raise _fault(f"must name each column once, but the header of {path!r} repeats one.")
 
 
 def _fault(message: str) -> ConfigError:

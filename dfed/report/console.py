@@ -16,7 +16,16 @@ from dfed.comm import Link
 from dfed.config import Config
 from dfed.settings import format_bytes
 
-__all__ = ["Console"]
+__all__ = ["Console", "causes"]
+
+_CAUSES = {
+    "oom": "out of memory",
+    "dropout": "dropped out",
+    "exception": "raised an exception",
+    "host_memory": "met a machine out of memory",
+    "non_finite": "had an update that is not finite",
+    "out_of_range": "had an update out of range",
+}
 
 
 class Console:
@@ -96,11 +105,27 @@ class Console:
         if summary["accuracy"] is not None:
             say(f"{summary['split']} accuracy {summary['accuracy']:.4f}, loss {summary['loss']:.4f} "
                 f"after {summary['rounds']} rounds")
+        if not summary["clients"]["completed"]:
+            say("no client completed in any round: the model is the initial one "
+                f"({causes(summary['clients'], summary['reasons'])})")
         say(f"time {summary['time_s']:.1f} s, simulated {summary['sim_time_s']:.0f} s, energy {summary['energy_j']:.0f} J, "
             f"up {format_bytes(summary['bytes']['up'])}, down {format_bytes(summary['bytes']['down'])}")
         if not summary["finished"]:
             say(f"stopped on request after round {summary['rounds']}; go on with: python -m dfed run --resume {path}")
         say(f"run folder: {path}")
+
+
+def causes(counts: Mapping[str, int], reasons: Mapping[str, int]) -> str:
+    """Why clients did not complete, with numbers: ``3 out of memory, 2 dropped out, 4 had no plan, 1 not available``.
+
+    Args:
+        counts: ``clients`` of a round's row or of the summary.
+        reasons: How often each reason occurred.
+    """
+    parts = [f"{number} {_CAUSES.get(reason, reason)}" for reason, number in reasons.items() if number]
+    parts += [f"{counts['ineligible']} had no plan"] if counts["ineligible"] else []
+    parts += [f"{counts['unavailable']} not available"] if counts["unavailable"] else []
+    return ", ".join(parts) or "nobody was asked"
 
 
 def _mebibytes(value: int | None) -> str:

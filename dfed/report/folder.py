@@ -31,6 +31,7 @@ __all__ = ["CHECKPOINTS", "RunFolder"]
 CHECKPOINTS = "checkpoint"
 """Name of the folder, inside a run folder, that holds the checkpoints."""
 
+_LOGS = (".log", ".out", ".err")
 _TIER_SAMPLE = 1000
 _PACKAGES = ("torch", "torchvision", "numpy", "pydantic", "safetensors")
 
@@ -47,14 +48,24 @@ class RunFolder:
         self.path = path
 
     def check_new(self) -> None:
-        """Refuse a folder that holds a run already.
+        """Refuse a folder that holds a run already, or anything else but logs (``*.log``, ``*.out``, ``*.err``) and hidden
+        files, which a batch system or an earlier attempt may have left there.
 
         Raises:
-            ConfigError: If it does.
+            ConfigError: If it does, or cannot be listed.
         """
         if (self.path / "config.yaml").exists():
             message = f"must be a new folder, or be continued with --resume, but {self.path} holds a run."
             raise ConfigError([Fault("--out", message)])
+        try:
+            found = sorted(self.path.iterdir()) if self.path.is_dir() else []
+        except OSError as error:
+            message = f"must be a folder that can be read, but {self.path} is not: {error.strerror}."
+            raise ConfigError([Fault("--out", message)]) from error
+        foreign = [path.name for path in found if path.is_dir() or not (path.suffix in _LOGS or path.name.startswith("."))]
+        if foreign:
+            message = f"must be a new or empty folder, but {self.path} holds {foreign[0]!r}"
+            raise ConfigError([Fault("--out", message + (f" and {len(foreign) - 1} more." if len(foreign) > 1 else "."))])
 
     def create(self, config: Config) -> None:
         """Make the folder, if need be, and write the resolved config into it.

@@ -4,6 +4,7 @@ import logging
 import os
 import re
 import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -90,6 +91,9 @@ def test_a_wrong_command_line(arguments, message, capsys):
          "2 faults in the config:\n  `clients` is not a setting; known here: "),
         (["run", "strategy=nope", SMOKE, "--out", "x"],
          "`strategy` must be one of exclusivefl, fedavg, fedprox, but is 'nope'."),
+        (["run", SMOKE, "--out", ""], "`--out` must name a folder, but is ''."),
+        (["run", SMOKE, "--out="], "`--out` must name a folder, but is ''."),
+        (["run", "--resume", " "], "`--resume` must name a folder, but is ' '."),
         (["run", SMOKE, "cohort=9"], "`cohort` must be at most `fleet.clients` (8), but is 9."),
     ],
 )
@@ -129,6 +133,48 @@ def test_a_folder_that_holds_a_run_is_not_written_over(capsys, tmp_path):
     assert (tmp_path / "old" / "config.yaml").read_text() == "mine"
     (tmp_path / "file").write_text("x")
     assert "`--out` must be a folder that can be written, but file is not: " in _says(capsys, "run", SMOKE, "--out", "file")
+
+
+def test_a_folder_that_holds_something_else_is_not_written_into(capsys, tmp_path, monkeypatch):
+    (tmp_path / "mine" / "sub.log").mkdir(parents=True)
+    said = "`--out` must be a new or empty folder, but mine holds "
+    assert f"{said}'sub.log'." in _says(capsys, "run", SMOKE, "--out", "mine")
+    (tmp_path / "mine" / "thesis.tex").write_text("mine")
+    assert f"{said}'sub.log' and 1 more." in _says(capsys, "run", SMOKE, "--out", "mine")
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")  # which resumes runs only
+    assert said in _says(capsys, "run", SMOKE, "--out", "mine")
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr("dfed.cli.time.sleep", lambda seconds: None)
+    monkeypatch.setattr("dfed.leader.execute", lambda config, folder, state: 0)
+    assert main(["run", SMOKE, "--out", "mine"]) == 0  # rank 0 looks
+
+
+def test_a_folder_that_may_be_written_into(tmp_path, monkeypatch):
+    began = []
+    monkeypatch.setattr("dfed.leader.execute", lambda config, folder, state: began.append((folder.path, state)) or 0)
+    for name, files in {"new": None, "empty": [], "logs": ["slurm-7.out", "a.err", "b.log", ".config.yaml.partial"]}.items():
+        if files is not None:
+            (tmp_path / name).mkdir()
+        for file in files or []:
+            (tmp_path / name / file).touch()
+        assert main(["run", SMOKE, "--out", name]) == 0
+    # Started again by the launcher: before the run had a config.yaml, and after.
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert main(["run", SMOKE, "--out", "logs"]) == 0
+    (tmp_path / "logs" / "config.yaml").touch()
+    (tmp_path / "logs" / "metrics.jsonl").touch()
+    assert main(["run", SMOKE, "--out", "logs"]) == 0
+    assert began == [(Path(name), None) for name in ("new", "empty", "logs", "logs", "logs")]
+
+
+def test_a_list_whose_reader_has_gone_ends_quietly():
+    read, write = os.pipe()
+    os.close(read)
+    try:
+        done = subprocess.run([sys.executable, "-m", "dfed", "list"], stdout=write, stderr=subprocess.PIPE, check=False)
+    finally:
+        os.close(write)
+    assert (done.returncode, done.stderr) == (0, b"")
 
 
 def test_listing_needs_no_torch_distributed_and_no_run(capsys, monkeypatch):

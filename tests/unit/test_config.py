@@ -113,7 +113,7 @@ DOES_NOT = [
     "server.max_failed_fraction=1.0",
     # What is the default, written out.
     "seed=0", "client.batch_size=32", "client.learning_rate=0.1", "client.nesterov=false", "client.schedule={name: constant}",
-    "client.schedule.factor=0.1", "server.optimizer={name: sgd}", "sampler={name: uniform}", "model.padding=same",
+    "client.schedule={}", "server.optimizer={name: sgd}", "sampler={name: uniform}", "model.padding=same",
     "fleet.tiers.1.memory=", "data.classes=10", "strategy={name: fedavg}", "backend.threads=1", "client.epochs=",
 ]
 

@@ -4,8 +4,8 @@ import sys
 
 import pytest
 
-from dfed.errors import DfedError
-from dfed.registry import ALL, DATASETS, MODELS, STRATEGIES, Registry, UnknownName, nearest
+from dfed.errors import CheckpointError, ConfigError, DataError, DfedError
+from dfed.registry import ALL, DATASETS, MODELS, STRATEGIES, Registry, UnknownName, calling, nearest
 
 
 @pytest.mark.parametrize(("title", "name"), [(title, name) for title, registry in ALL.items() for name in registry])
@@ -75,3 +75,31 @@ def test_near_misses():
     assert nearest("roundz", ["rounds", "seed"]) == " Did you mean 'rounds'?"
     assert nearest("xyz", ["rounds", "seed"]) == ""
     assert nearest("", []) == ""
+
+
+def _called(name, error):
+    """What is left of ``error`` when the function ``name``, named in field ``model``, raises it."""
+    with pytest.raises(type(error) if name is None else Exception) as caught, calling("model", name or "mlp"):
+        raise error
+    return caught.value
+
+
+def test_an_own_function_that_raises_is_a_fault_of_its_field():
+    cause = KeyError("missing\nand more")
+    found = _called(f"{__name__}:f", cause)
+    assert isinstance(found, ConfigError)
+    assert found.__cause__ is cause
+    (fault,) = found.faults
+    assert fault.field == "model"
+    assert f"'{__name__}:f' raised KeyError: " in fault.message
+    assert f"({__file__}:" in fault.message
+    assert "raised ValueError: no text (" in str(_called("a:b", ValueError()))
+    assert str(_called("a:b", DataError("no data."))) == "`model` 'a:b': no data."
+    refused = CheckpointError("x")
+    assert _called("a:b", refused) is refused  # an error of dfed's own says enough
+
+
+def test_of_our_own_functions_only_a_lack_of_memory_is_the_configs_fault():
+    assert "'mlp' raised MemoryError: 3 TiB" in str(_called("mlp", MemoryError("3 TiB")))
+    for bug in (KeyError("x"), DataError("x"), ZeroDivisionError()):
+        assert _called("mlp", bug) is bug

@@ -86,7 +86,9 @@ tiers:
         ("{[1]: 2}", "must be YAML, but is not: TypeError: unhashable type: 'list'."),
         ("a: [", "(line 1, column 5)."), ("a: 'x", "must be YAML, but is not: "), ("a: @x", "cannot start any token"),
         ("\tb: 1", "must be YAML, but is not: "), ("a: *b", "undefined alias 'b'"), ("a: &a [*a]", "recursive node"),
-        ("a: " + "[" * 2000, "must be YAML, but is not: "), ("a: 1" + "0" * 5000, "must be YAML, but is not: ValueError"),
+        ("a: " + "[" * 2000, "must be YAML of at most 100 levels, but has more (line 1, column 103)."),
+        ("a: " + "{b: " * 99 + "1" + "}" * 99, "must be YAML of at most 100 levels, but has more (line 1, column "),
+        ("a: 1" + "0" * 5000, "must be YAML, but is not: ValueError"),
         ("a: !!int x", "must be YAML, but is not: ValueError"), ("a: !!timestamp x", "must be YAML, but is not: "),
         ("a: !!python/object:os.system x", "could not determine a constructor for the tag"), ("a: !mine 3", "'!mine'"),
         ("a: \x00", "must be YAML, but is not: "), ("---\na: 1\n---\nb: 2", "but found another document"),
@@ -142,18 +144,45 @@ def test_overrides_reach_everywhere():
          "`rounds` must be a YAML value, but is '{': expected the node content, but found '<stream end>' (line 1, column 2)."),
         ("a={b: 1, b: 2}", "`a` must be a YAML value, but is '{b: 1, b: 2}': the key 'b' is there twice (line 1, column 8)."),
         ("rounds.x=1", "`rounds.x` must lead through groups of settings, but 'rounds' is none."),
-        ("tiers.2.name=a", "`tiers.2.name` must lead through groups of settings, but '2' is none."),
-        ("tiers[0].name.x=a", "`tiers[0].name.x` must name a setting or an entry of a list, but there is no 'x'."),
-        ("tiers.x.name=a", "`tiers.x.name` must lead through groups of settings, but 'x' is none."),
-        ("tiers.-1.name=a", "`tiers.-1.name` must lead through groups of settings, but '-1' is none."),
-        ("tiers.²=a", "`tiers.²` must name a setting or an entry of a list, but there is no '²'."),
-        ("tiers.2=a", "`tiers.2` must name a setting or an entry of a list, but there is no '2'."),
-        ("tiers.first=a", "`tiers.first` must name a setting or an entry of a list, but there is no 'first'."),
+        ("tiers.2.name=a", "`tiers.2.name` must name one of the 2 entries (0 to 1) of `tiers`, but names '2'."),
+        ("tiers[0].name.x=a", "`tiers[0].name.x` must name the only entry (0) of `tiers.0.name`, but names 'x'."),
+        ("tiers.x.name=a", "`tiers.x.name` must name one of the 2 entries (0 to 1) of `tiers`, but names 'x'."),
+        ("tiers.-1.name=a", "`tiers.-1.name` must name one of the 2 entries (0 to 1) of `tiers`, but names '-1'."),
+        ("tiers.²=a", "`tiers.²` must name one of the 2 entries (0 to 1) of `tiers`, but names '²'."),
+        ("tiers.2=a", "`tiers.2` must name one of the 2 entries (0 to 1) of `tiers`, but names '2'."),
+        ("tiers.first=a", "`tiers.first` must name one of the 2 entries (0 to 1) of `tiers`, but names 'first'."),
+        ("none.0=a", "`none.0` must name one of the 0 entries of `none`, but names '0'."),
+        (f"tiers.{'1' * 5000}=a", " must name one of the 2 entries (0 to 1) of `tiers`, but names '111"),
+        (f"a{'.b' * 100}=1", "a.b.b.b"),
         ("numbers.0.x=a", "`numbers.0.x` must lead through groups of settings, but '0' is none."),
     ],
 )
 def test_overrides_that_lead_nowhere(override, fault):
-    raw = {"rounds": 1, "tiers": [{"name": ["q"]}, {}], "numbers": [1]}
+    raw = {"rounds": 1, "tiers": [{"name": ["q"]}, {}], "numbers": [1], "none": []}
     before = copy.deepcopy(raw)
-    assert _override(raw, override) == [fault]
+    (found,) = _override(raw, override)
+    assert found == fault or (len(override) > 100 and fault in found)
     assert raw == before
+
+
+def test_aliases_of_aliases_are_counted_and_not_built(tmp_path):
+    """Ten lines that stand for ten billion values: a test that hangs has failed."""
+    bomb = "a0: &a0 [x, x, x, x, x, x, x, x, x, x]\n"
+    bomb += "".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]\n" for n in range(1, 10))
+    with pytest.raises(ConfigError) as caught:
+        _read(tmp_path, bomb)
+    message = "must be YAML of at most 100,000 values, its aliases expanded, but has more (line 5, column 5)."
+    assert str(caught.value.faults[0]).endswith(message)
+    merges = "a0: &a0 {k: 1}\n" + "".join(f"a{n}: &a{n} {{<<: [{', '.join([f'*a{n - 1}'] * 10)}]}}\n" for n in range(1, 10))
+    with pytest.raises(ConfigError, match="at most 100,000 values"):
+        _read(tmp_path, merges)
+    deep = "a0: &a0 [x]\n" + "".join(f"a{n}: &a{n} [*a{n - 1}]\n" for n in range(1, 2000))
+    with pytest.raises(ConfigError, match=r"at most 100 levels, its aliases expanded, but has more \(line 100, column 6\)"):
+        _read(tmp_path, deep)
+    raw = {}
+    assert _override(raw, "x=" + "[" * 100 + "]" * 100) == []
+    assert _override(raw, "x=" + "[" * 101) == [
+        "`x` must be a YAML value of at most 100 levels, but has more (line 1, column 101).",
+    ]
+    assert _override(raw, "x=[&a [1, 2], *a, *a]") == []
+    assert raw == {"x": [[1, 2], [1, 2], [1, 2]]}

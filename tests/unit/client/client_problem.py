@@ -21,7 +21,7 @@ CNN = {"channels": [4, 6], "kernel": 3, "hidden": 16, "norm": "batch"}
 class Small:
     """Chain, strategy, forms and first values of a model, and plans that train all of it."""
 
-    def __init__(self, model="cnn", options=None, *, strategy="fedavg", fits=lambda plan, budget: True, shape=SHAPE,
+    def __init__(self, model="cnn", options=None, *, strategy="fedavg", shape=SHAPE,
                  make=None, **settings):
         options = CNN if options is None and model == "cnn" else options or {}
         self.chain = build_chain(model, options, input_shape=shape, num_classes=CLASSES)
@@ -29,7 +29,7 @@ class Small:
         state = self.chain.state_dict()
         self.shapes = {name: tuple(t.shape) for name, t in state.items() if t.is_floating_point()}
         problem = Problem(chain=self.chain, splitting=self.splitting, phases=(Phase(batch_size=8, epochs=1),),
-                          num_clients=5, seed=1, fits=fits)
+                          num_clients=5, seed=1)
         self.strategy = (make or STRATEGIES.get(strategy))(problem, **settings)
         self.forms = Forms(self.strategy, self.splitting, self.shapes)
         full = materialise(self.chain.skeleton(), rng.torch_generator(1, "init"))

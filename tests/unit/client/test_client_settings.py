@@ -1,4 +1,5 @@
 import math
+import sys
 
 import pytest
 import torch
@@ -16,6 +17,8 @@ def test_schedules_follow_their_formulas():
     assert [step.at(r, 20) for r in rounds] == [1.0] * 5 + [0.25] * 7 + [0.125] * 9
     exponential = ScheduleSettings(name="exponential", factor=0.9)
     assert [exponential.at(r, 20) for r in rounds] == [0.9**r for r in rounds]
+    growing = ScheduleSettings(name="exponential", factor=1e200)
+    assert [growing.at(r, 3) for r in range(3)] == [1.0, 1e200, sys.float_info.max]
     cosine = ScheduleSettings(name="cosine", final=0.1)
     for r in rounds:
         assert cosine.at(r, 20) == pytest.approx(0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * r / 20)), rel=1e-15)
@@ -54,17 +57,44 @@ def test_phases():
     ({"momentum": 1.0}, "momentum"),
     ({"clip_norm": 0.0}, "clip_norm"),
     ({"batch_size": 0}, "batch_size"),
+    ({"batch_size": 2**31}, "batch_size"),
     ({"epochs": 0}, "epochs"),
     ({"batch_size": "32"}, "batch_size"),
     ({"schedule": {"name": "linear"}}, "schedule"),
     ({"schedule": {"factor": 0.0}}, "schedule.factor"),
     ({"schedule": {"factor": math.inf}}, "schedule.factor"),
     ({"schedule": {"milestones": [-1]}}, "schedule.milestones"),
+    ({"schedule": {"factor": 0.1}}, "must leave out `factor` with the name 'constant', but sets it."),
+    ({"schedule": {"name": "cosine", "milestones": [3], "factor": 0.5}},
+     "leave out `factor` with the name 'cosine', but sets it. must leave out `milestones` with the name 'cosine', but"),
+    ({"schedule": {"name": "exponential", "final": 0.0}}, "must leave out `final` with the name 'exponential'"),
+    ({"schedule": {"name": "step", "final": 0.0}},
+     "leave out `final` with the name 'step', but sets it. must have at least one of `milestones`"),
     ({"rate": 1}, "rate"),
 ])
 def test_settings_that_are_refused(given, text):
     with pytest.raises(ValueError, match=text):
         ClientSettings.model_validate(given)
+
+
+@pytest.mark.parametrize("given", [
+    {}, {"optimizer": "adam"}, {"optimizer": "adamw", "betas": [0.8, 0.9]}, {"momentum": 0.5, "nesterov": True}, {"steps": 3},
+    {"schedule": {"name": "step", "milestones": [2]}}, {"schedule": {"name": "exponential", "factor": 0.5}},
+    {"schedule": {"name": "cosine"}, "optimizer": "adam"}, {"schedule": {"name": "constant"}},
+])
+def test_what_is_written_can_be_read(given):
+    settings = ClientSettings.model_validate(given)
+    written = settings.to_dict()
+    again = ClientSettings.model_validate(written)
+    assert again == settings
+    assert again.to_dict() == written
+    every = set(ClientSettings.model_fields)
+    left_out = {"betas", "epsilon"} if settings.optimizer == "sgd" else {"momentum", "nesterov"}
+    assert set(written) == every - left_out  # a later default changes nothing
+    assert set(written["schedule"]) == {
+        "constant": {"name"}, "step": {"name", "milestones", "factor"}, "exponential": {"name", "factor"},
+        "cosine": {"name", "final"},
+    }[settings.schedule.name]
 
 
 def test_make_optimizer():

@@ -9,7 +9,7 @@ import torch
 from client_problem import CLASSES, CPU, Small, data
 
 from dfed import rng
-from dfed.client import ClientSettings, Skeleton, Worker, run_plan
+from dfed.client import ClientReport, ClientSettings, Skeleton, Worker, run_plan
 from dfed.comm import wire
 from dfed.comm.partial_sums import PartialSums, value_range, weight_scale
 from dfed.data import client_batches
@@ -17,6 +17,7 @@ from dfed.data.dataset import ArrayDataset
 from dfed.data.partitions import TablePartition
 from dfed.errors import RankLost
 from dfed.memory import MemorySettings, make_cap
+from dfed.memory.caps import Uncapped
 from dfed.strategies.fedavg import FedAvg
 
 SIZES = [20, 9, 33, 8, 1]
@@ -48,7 +49,7 @@ class Moody(FedAvg):
 
 
 class Setting:
-    def __init__(self, abandoned=lambda: False, **settings):
+    def __init__(self, abandoned=lambda: False, cap=None, **settings):
         self.small = Small(make=Moody)
         x, y = data(sum(SIZES), seed=2)
         self.dataset = ArrayDataset(x.numpy(), y.numpy().astype(np.int64), num_classes=CLASSES)
@@ -58,8 +59,8 @@ class Setting:
         self.partition = TablePartition(np.arange(sum(SIZES)), np.array(SIZES), y.numpy(), CLASSES)
         self.worker = Worker(
             self.small.strategy, self.dataset, self.partition, self.settings, shapes=self.small.shapes,
-            cap=make_cap(MemorySettings(enforce="off"), CPU, has_budgets=False), forms=self.small.forms, device=CPU, seed=6,
-            abandoned=abandoned,
+            cap=cap or make_cap(MemorySettings(enforce="off"), CPU, has_budgets=False), forms=self.small.forms, device=CPU,
+            seed=6, abandoned=abandoned,
         )
         self.scale = weight_scale(sum(SIZES))
 
@@ -139,8 +140,8 @@ def test_exchange_per_client_gives_the_same_updates(setting):
 @pytest.mark.parametrize("exchange", ["fused", "per_client"])
 @pytest.mark.parametrize(("mood", "status", "reason", "text"), [
     ("raise", "failed", "exception", "ZeroDivisionError: a bad client"),
-    ("oom", "oom", "oom", "out of memory on a budget of"),
-    ("late oom", "oom", "oom", "out of memory on a budget of"),
+    ("oom", "failed", "host_memory", "out of memory without a cap, which is this machine's lack: no more"),
+    ("late oom", "failed", "host_memory", "out of memory without a cap"),
     ("weights", "failed", "non_finite", "must be finite"),
     ("huge", "failed", None, "must"),
 ])
@@ -167,9 +168,28 @@ def test_a_client_that_fails_harms_nobody(setting, caplog, exchange, mood, statu
     assert [report["status"] for report in setting.work([setting.task(1)])[0]] == ["completed"]
 
 
+class Holds(Uncapped):
+    """A cap in name: what runs out of memory under it has run into it."""
+
+    enforces = True
+
+
+def test_only_a_cap_in_force_makes_it_the_clients_memory():
+    for cap, budget, expected in (
+        (Holds(CPU), 2**20, ("oom", "oom")),
+        (Holds(CPU), None, ("failed", "host_memory")),
+        (Uncapped(CPU), 2**20, ("failed", "host_memory")),
+    ):
+        setting = Setting(cap=cap)
+        (report,), _, _ = setting.work([setting.task(0, "oom") | {"budget_bytes": budget}])
+        assert (report["status"], report["reason"]) == expected
+        assert ("on a budget of 1.00 MiB" in report["detail"]) == (expected[0] == "oom")
+
+
 def test_failures_are_logged_and_oom_only_once_per_plan_and_budget(caplog):
-    setting = Setting()
-    tasks = [setting.task(0, "oom"), setting.task(1, "oom"), setting.task(2, "raise"), setting.task(3, "raise")]
+    setting = Setting(cap=Holds(CPU))
+    tasks = [setting.task(0, "oom") | {"budget_bytes": 2**20}, setting.task(1, "oom") | {"budget_bytes": 2**20},
+             setting.task(2, "raise"), setting.task(3, "raise")]
     with caplog.at_level(logging.WARNING, "dfed"):
         setting.work(tasks)
         setting.work(tasks[:1])
@@ -184,7 +204,30 @@ def test_a_rate_that_diverges_is_a_failed_client():
     setting = Setting(learning_rate=1e30)
     reports, _, sums = setting.work([setting.task(0), setting.task(2)])
     assert [(r["status"], r["reason"]) for r in reports] == [("failed", "non_finite")] * 2
+    assert all("The client's data are finite: check the learning rate" in r["detail"] for r in reports)
     assert not sums.any()
+
+
+def test_data_that_are_not_finite_are_named():
+    setting = Setting()
+    setting.dataset._images[SIZES[0] + 5, 0, 2, 3] = math.nan  # of client 1, in whichever mini-batch
+    reports, _, sums = setting.work([setting.task(0), setting.task(1)])
+    assert [r["reason"] for r in reports] == [None, "non_finite"]
+    assert f"check the data (training sample {SIZES[0] + 5} holds NaN or infinity)" in reports[1]["detail"]
+    assert sums.isfinite().all()
+
+
+def test_a_mini_batch_too_small_for_batch_norm_is_explained():
+    setting = Setting()
+    report = ClientReport(client=0, bytes_down={}, bytes_up={})
+    error = None
+    try:
+        torch.nn.BatchNorm2d(2)(torch.ones(1, 2, 1, 1))
+    except ValueError as caught:
+        error = caught
+    setting.worker._note_failure(error, report, None)
+    assert report.reason == "exception"
+    assert "`client.drop_last: true` leaves out" in report.detail
 
 
 def test_a_client_that_diverged_reports_no_loss():

@@ -8,7 +8,7 @@ import torch
 
 from dfed.data import ArrayDataset, Bundle, Subset, load
 from dfed.data.dataset import Complement
-from dfed.errors import DataError
+from dfed.errors import ConfigError, DataError
 from dfed.registry import UnknownName
 
 GIVEN = {"root": None, "download": False, "cache": None, "seed": 3}
@@ -142,15 +142,29 @@ def test_own_data_sets():
     [
         ("array", "must return a dfed.data.Bundle.* but returns a ndarray"),
         ("one part", "must return a dfed.data.Bundle.* but returns a tuple"),
-        ("flat", "`images` must be"),
-        ("bundle of arrays", "train part of data set .* must be a dfed.data.Dataset, but is a tuple"),
+        ("flat", "training part: `images` must be"),
+        ("bundle of arrays", "the train part must be a dfed.data.Dataset, but is a tuple"),
         ("other shape", "must have the same shape and classes"),
         ("other classes", "must have the same shape and classes"),
     ],
 )
 def test_own_data_sets_of_the_wrong_kind_are_refused(what, message):
-    with pytest.raises(DataError, match=message):
+    with pytest.raises(DataError, match=f"^`data.dataset` '{__name__}:own_wrong': .*{message}"):
         load(f"{__name__}:own_wrong", {"what": what}, **GIVEN)
+
+
+def own_raises(*, root, download, cache, seed):
+    return np.load("/nowhere/at/all.npy")
+
+
+def test_what_an_own_function_raises_is_said_with_its_place():
+    with pytest.raises(ConfigError) as caught:
+        load(f"{__name__}:own_raises", {}, **GIVEN)
+    line = own_raises.__code__.co_firstlineno + 1
+    assert caught.value.faults[0].field == "data.dataset"
+    assert f"'{__name__}:own_raises' raised FileNotFoundError: [Errno 2] No such file" in str(caught.value)
+    assert str(caught.value).endswith(f" ({__file__}:{line}).")  # of this file, not of NumPy's
+    assert isinstance(caught.value.__cause__, FileNotFoundError)
 
 
 def test_unknown_name_lists_the_known():
@@ -179,5 +193,11 @@ def test_validation_is_drawn_from_train_and_keyed():
     assert len(parts(3, 0.0001)[1]) == 1
 
     for fraction in (-0.1, 1.0, 0.9999):
-        with pytest.raises(DataError, match="`validation_fraction` must"):
+        with pytest.raises(DataError, match=r"`data\.validation_fraction` must"):
             load(name, options, **GIVEN, validation_fraction=fraction)
+    with pytest.raises(DataError, match=r"at least 1 of 400 training samples \(as 0\.998 does\), but is 0.9999"):
+        load(name, options, **GIVEN, validation_fraction=0.9999)
+    with pytest.raises(DataError, match=r"must be 0, as there is only 1 training sample, but is 0\.5"):
+        load(name, {"count": 1}, **GIVEN, validation_fraction=0.5)
+    with pytest.raises(DataError, match="must take at most 67108864 of 100000000000 training samples"):
+        load("synthetic", {"samples": 10**11}, **GIVEN, validation_fraction=0.5)

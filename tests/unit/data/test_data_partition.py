@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from dfed.data import PARTITIONER_GIVEN, Partition, load, make_partition
-from dfed.errors import DataError
+from dfed.errors import ConfigError, DataError
 from dfed.registry import PARTITIONERS
 from dfed.settings import settings_of
 
@@ -57,6 +57,7 @@ def check(partition, labels, num_classes=10):
     assert every.max() < len(labels)
     assert len(np.unique(every)) == len(every) == partition.used_samples == sizes.sum()
     assert [partition.num_samples(client) for client in clients] == sizes.tolist() == [len(i) for i in each]
+    assert partition.largest() == sizes.max()
     assert sizes.min() >= 1
     counts = partition.label_counts(clients[::2])
     if counts is not None:
@@ -259,12 +260,14 @@ def test_impossible_requests_say_what_is_possible(labels):
         ("dirichlet", "min_samples"),
         ("quantity_skew", "min_samples"),
     ):
-        message = rf"`{option}` must be at most 10 for 100 clients, .*at most 83 for 12 each"
-        with pytest.raises(DataError, match=message):
+        field = f"`data.partition.{option}` must be at most 10 for 100 clients"
+        with pytest.raises(DataError, match=f"{field}, or `fleet.clients` at most 83 for 12 each, .* but is 12"):
             make(name, thousand, clients=100, **{option: 12})
+        with pytest.raises(DataError, match=f"{field}, as there are 1000 training samples, but is 1001"):
+            make(name, thousand, clients=100, **{option: 1001})
     for name in ("iid", "dirichlet_tiers"):
         for clients in (0, 1001):
-            with pytest.raises(DataError, match=rf"`num_clients` must be .*at most 1000.* but is {clients}"):
+            with pytest.raises(DataError, match=rf"`fleet.clients` must be .*at most 1000.* but is {clients}"):
                 make(name, thousand, clients=clients)
 
 
@@ -272,9 +275,44 @@ def wrong(*, num_samples, labels, num_classes, num_clients, tier_of, seed):
     return [[0]]
 
 
+def raises(*, num_samples, labels, num_classes, num_clients, tier_of, seed):
+    return labels()[num_samples]
+
+
 def test_own_partitioners_are_checked(labels):
-    with pytest.raises(DataError, match=r"must return a dfed.data.Partition, but returns a list"):
+    with pytest.raises(DataError, match=r"^`data.partition` '.*:wrong': .* must return a dfed.data.Partition, but .* a list"):
         make(f"{__name__}:wrong", labels)
+    with pytest.raises(ConfigError, match=r"`data.partition` must .* but '.*:raises' raised IndexError: .*") as caught:
+        make(f"{__name__}:raises", labels)
+    assert isinstance(caught.value.__cause__, IndexError)
+
+
+def test_labels_of_an_own_data_set_are_checked(labels):
+    for wrong in (labels[:-1], labels[:, None], labels.astype(float), labels - 1, labels + 1):
+        with pytest.raises(DataError, match=r"`data.dataset` must have labels that are integers in \[0, 10\)"):
+            make_partition(
+                "dirichlet", {}, num_samples=len(labels), labels=lambda wrong=wrong: wrong, num_classes=10, num_clients=4,
+                tier_of=tier_of, seed=0,
+            )  # fmt: skip
+
+
+def test_what_could_not_be_held_is_refused_before_it_is_made():
+    def refuse():
+        raise AssertionError("labels that cannot be held must not be asked for")
+
+    def huge(name, clients, **options):
+        return make_partition(name, options, num_samples=2**37, labels=refuse, num_classes=10, num_clients=clients,
+                              tier_of=tier_of, seed=0)
+
+    with pytest.raises(DataError, match="at most 67108864 samples, but gives one 67108865: take fewer"):
+        huge("iid", 1000, samples_per_client=2**26 + 1)
+    with pytest.raises(DataError, match="at most 67108864 samples"):
+        huge("quantity_skew", 100)
+    for name in ("dirichlet", "shards", "dirichlet_tiers"):
+        with pytest.raises(DataError, match=f"more than 268435456 training samples, but is '{name}' for {2**37}"):
+            huge(name, 100)
+    assert huge("iid", 1000, samples_per_client=2**26).largest() == 2**26
+    assert huge("iid", 10**6).largest() == -(-(2**37) // 10**6)
 
 
 @pytest.mark.parametrize(("name", "options"), [("iid", {}), ("fixed", {"samples_per_client": 50})])

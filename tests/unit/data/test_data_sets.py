@@ -73,6 +73,13 @@ def test_digits_are_resized_and_split_by_class_and_seed(given):
     assert sum(c.sum() for c in counts) == 1797
     np.testing.assert_array_equal(counts[1], np.rint((counts[0] + counts[1]) * 0.2))
 
+    for fraction in (1e-9, 0.999999):
+        with pytest.raises(DataError, match=rf"`data.test_fraction` .* as 0.00546 to 0.995 do, but is {fraction}\."):
+            load("digits", {"image_size": 8, "test_fraction": fraction}, **given)
+    for fraction in (0.00546, 0.995):
+        edge = load("digits", {"image_size": 8, "test_fraction": fraction}, **given)
+        assert min(edge.train.num_samples, edge.test.num_samples) >= 1
+
     again = load("digits", {}, **given)
     other = load("digits", {}, **(given | {"seed": 1}))
     np.testing.assert_array_equal(x32, _all(again.test)[0])

@@ -11,6 +11,7 @@ from pydantic import ValidationError
 
 from dfed.data import DATASET_GIVEN, load
 from dfed.data.synthetic import SyntheticDataset, synthetic
+from dfed.errors import DataError
 from dfed.settings import settings_of
 
 GIVEN = {"root": None, "download": False, "cache": None, "seed": 5}
@@ -92,6 +93,15 @@ def test_one_pixel_and_one_class():
     x, y = bundle.train.batch(np.arange(3))
     assert x.isfinite().all()
     assert y.tolist() == [0, 0, 0]
+
+
+def test_patterns_that_cannot_be_held_are_refused():
+    for options, message in (
+        ({"shape": [3, 10**5, 10**5]}, r"`data.shape` must have at most 26843545 pixels .* for 10 classes .* but is \[3, "),
+        ({"classes": 10**9}, "`data.classes` must be at most 268435456, but is 1000000000"),
+    ):
+        with pytest.raises(DataError, match=message):
+            synthetic(**GIVEN, **options)
 
 
 def test_options_are_checked_by_their_settings():

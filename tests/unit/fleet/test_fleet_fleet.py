@@ -66,15 +66,45 @@ def test_budgets_resolve_and_the_peak_is_asked_for_once_if_at_all():
 
     def peak() -> int:
         asked.append(1)
-        return 1001
+        return 10_000_001
 
     fleet = make(4, peak=peak, a={"count": 1, "memory": 0.5}, b={"count": 1, "memory": "25%"},
                  c={"count": 1, "memory": "64MB"}, d={"count": 1})
     budgets = {fleet.profile(i).tier: fleet.profile(i).budget_bytes for i in range(4)}
-    assert budgets == {"a": 500, "b": 250, "c": 64_000_000, "d": None}
+    assert budgets == {"a": 5_000_000, "b": 2_500_000, "c": 64_000_000, "d": None}
     assert all(isinstance(budget, int) for budget in budgets.values() if budget is not None)
     assert asked == [1]
     make(2, a={"count": 2, "memory": 2**20})  # `never` is not called
+
+
+def test_a_fraction_that_comes_to_less_than_1_mib_is_refused(tmp_path):
+    with pytest.raises(ConfigError) as caught:
+        make(3, peak=lambda: 15 * 2**20, a={"count": 1, "memory": 0.01}, b={"count": 1, "memory": "7%"},
+             c={"count": 1, "memory": 0.001})
+    assert [str(fault) for fault in caught.value.faults] == [
+        "`fleet.tiers[0].memory` must be at least 0.067, as the full model takes 15.00 MiB and a budget 1 MiB or more, "
+        "but is 0.01, which is 153.60 KiB.",
+        "`fleet.tiers[2].memory` must be at least 0.067, as the full model takes 15.00 MiB and a budget 1 MiB or more, "
+        "but is 0.001, which is 15.36 KiB.",
+    ]
+    make(1, peak=lambda: 15 * 2**20, a={"count": 1, "memory": 0.067})
+    with pytest.raises(ConfigError, match=r"must be given in bytes, of at least 1 MiB, as the full model takes 97\.66 KiB"):
+        make(1, peak=lambda: 100_000, a={"count": 1, "memory": 10.0})
+    with pytest.raises(ConfigError) as caught:
+        read(tmp_path, "memory\n50%\n1%\n", peak=lambda: 15 * 2**20)
+    assert [str(fault) for fault in caught.value.faults] == [
+        "`fleet.csv` line 3: `memory` must be at least 0.067, as the full model takes 15.00 MiB and a budget 1 MiB or "
+        "more, but is 0.01, which is 153.60 KiB.",
+    ]
+    with pytest.raises(ConfigError, match="20 faults"):
+        read(tmp_path, "memory\n" + "1%\n" * 50, peak=lambda: 15 * 2**20)
+
+    def broken() -> int:
+        raise ValueError("of the model, not of the fleet")
+
+    for wrong in ({"memory": 0.5}, {"memory": 0.01}):
+        with pytest.raises(ValueError, match=r"^of the model, not of the fleet$"):
+            make(1, peak=broken, a={"count": 1, **wrong})
 
 
 def test_availability_and_dropout_are_keyed_and_have_their_probability():
@@ -106,12 +136,13 @@ def test_a_fleet_from_a_file(tmp_path):
         "\ufeffclient,tier,memory,flops,up,availability\n"
         "0,phone,64MB,20 GFLOPS,10 Mbps,0.5\n"
         "1,board,50%,5e9,1000,\n"
-        "\n"
         "2,phone,,1000000000,,0.25\n"
+        "\n"
+        " \n"
     )
-    fleet = read(tmp_path, text, clients=3, peak=lambda: 1000)
+    fleet = read(tmp_path, text, clients=3, peak=lambda: 10_000_000)
     assert fleet.profile(0) == DeviceProfile("phone", 64_000_000, 20e9, 1.25e6, 6.25e6, 3.0, 1.0, 0.5, 0.0)
-    assert fleet.profile(1) == DeviceProfile("board", 500, 5e9, 1000.0, 6.25e6, 3.0, 1.0, 1.0, 0.0)
+    assert fleet.profile(1) == DeviceProfile("board", 5_000_000, 5e9, 1000.0, 6.25e6, 3.0, 1.0, 1.0, 0.0)
     assert fleet.profile(2) == DeviceProfile("phone", None, 1e9, 1.25e6, 6.25e6, 3.0, 1.0, 0.25, 0.0)
     assert fleet.tier_names == ("phone", "board")
     assert fleet.tier_of(np.arange(3)).tolist() == [0, 1, 0]
@@ -120,6 +151,7 @@ def test_a_fleet_from_a_file(tmp_path):
     assert fleet.tier_clients("phone", None).tolist() == [0, 2]
     assert fleet.tier_clients("phone", 1).tolist() == [0]
     assert read(tmp_path, "flops\n1e9\n2e9\n").tier_names == ("all",)
+    assert read(tmp_path, 'flops\n1e9\n""\n').num_clients == 2  # a client with the defaults
 
 
 def test_a_faulty_file_names_its_lines(tmp_path):
@@ -136,6 +168,14 @@ def test_a_faulty_file_names_its_lines(tmp_path):
     ]
     with pytest.raises(ConfigError, match="20 faults"):
         read(tmp_path, "flops\n" + "-1\n" * 50)
+    with pytest.raises(ConfigError) as caught:
+        read(tmp_path, "tier\na,b\n\nc\n \nd\0e\n\n")
+    assert [str(fault) for fault in caught.value.faults] == [
+        "`fleet.csv` line 2: must have 1 cell, as the header has, but has 2.",
+        "`fleet.csv` line 3: must describe a client, but is blank; only the end of the file may be.",
+        "`fleet.csv` line 5: must describe a client, but is blank; only the end of the file may be.",
+        r"`fleet.csv` line 6: `tier` must be text of at least 1 character, all of which can be printed, but is 'd\x00e'.",
+    ]
     with pytest.raises(ConfigError, match=r"columns out of client, tier, memory.* has 'colour'"):
         read(tmp_path, "colour\nred\n")
     with pytest.raises(ConfigError, match="name each column once"):
@@ -147,6 +187,10 @@ def test_a_faulty_file_names_its_lines(tmp_path):
     with pytest.raises(ConfigError, match="cannot be read"):
         read(tmp_path, 'up\n"5\n')
     (tmp_path / "latin").write_bytes(b"up\n\xff\n")
-    for path in (tmp_path / "latin", tmp_path / "absent"):
-        with pytest.raises(ConfigError, match="cannot be read"):
+    for path, why in (
+        (tmp_path / "latin", "values, but .* cannot be read: 'utf-8' codec"),
+        ("a\0b", r"but 'a\\x00b' cannot be read: embedded"),
+        (tmp_path / "absent", r"can be read, but '[^']*absent' cannot be read: No such file or directory\."),
+    ):
+        with pytest.raises(ConfigError, match=why):
             Fleet.from_settings(FleetSettings(csv=str(path)), seed=0, full_peak_bytes=never)

@@ -23,7 +23,8 @@ def errors(cls, **values):
         ("64MB", 64_000_000),
         ("64MiB", 64 * 2**20),
         ("1.5GB", 1_500_000_000),
-        ("500 kB", 500_000),
+        ("1 MiB", 2**20),
+        (0.001, 0.001),
         (0.5, 0.5),
         ("0.5", 0.5),
         ("50%", 0.5),
@@ -43,18 +44,26 @@ def test_memory_grammar(given, read):
         (1, "write 0.5 or '50%'"),
         ("1", "write 0.5 or '50%'"),
         (2**20 - 1, "at least 1 MiB (1048576), but is 1048575"),
-        (0.0, "more than 0 and at most 10, but is 0.0"),
-        (-0.5, "more than 0"),
+        (0.0, "at least 0.001 and at most 10, but is 0.0"),
+        (1e-300, "at least 0.001 and at most 10, but is 1e-300"),
+        ("0.05%", "at least 0.001"),
+        (-0.5, "at least 0.001"),
+        (10.1, "at most 10"),
         (64e6, "write bytes as an integer"),
         ("64e6", "write bytes as an integer"),
-        (float("nan"), "more than 0"),
+        (float("nan"), "at least 0.001"),
         ("nan%", "must be a percentage such as '50%'"),
         ("half%", "must be a percentage such as '50%'"),
         ("a lot", "but is 'a lot'"),
-        ("0.1 B", "at least 1 byte"),
+        ("0.1 B", "at least 1 MiB (1048576 bytes)"),
+        ("500 kB", "but is 500000"),
         (2**63, "less than 2**63"),
-        (True, "but is True"),
+        (True, "(0.5, '50%'), or be left out for no limit, but is true."),
+        ("None", "or be left out for no limit, but is 'None'."),
         ([1], "but is [1]"),
+        ([None, True], "but is [null, true]"),
+        ({"a": 10**5000}, "but is a dict."),
+        (list(range(100)), ", 9, 10, 11,"),
     ],
 )
 def test_memory_that_is_refused(given, part):
@@ -71,6 +80,9 @@ def test_tier_reads_units_and_names_bad_fields():
     assert "both are" in errors(TierSettings, name="a", share=0.5, count=1)["count"]
     assert errors(TierSettings, name="a", share=1.5).keys() == {"share"}
     assert errors(TierSettings, name="a", count=0).keys() == {"count"}
+    for name, written in (("", "''"), ("a\0b", r"'a\x00b'"), ("a\nb", r"'a\nb'")):
+        assert errors(TierSettings, name=name, count=1)["name"].endswith(f"can be printed, but is {written}.")
+    assert TierSettings(name="schwächer 2", count=1).name == "schwächer 2"
 
 
 def tiers(**sizes):

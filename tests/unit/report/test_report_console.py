@@ -1,0 +1,37 @@
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+from rich.console import Console as Terminal
+
+from dfed.report.console import Console, causes
+
+COUNTS = {"selected": 9, "completed": 0, "oom": 3, "failed": 6, "ineligible": 4, "unavailable": 1}
+REASONS = {"oom": 3, "dropout": 2, "exception": 1, "host_memory": 1, "non_finite": 1, "out_of_range": 1}
+SUMMARY = {
+    "tiers": [], "split": "test", "accuracy": 0.25, "loss": 1.5, "rounds": 3, "finished": True, "clients": COUNTS,
+    "reasons": REASONS, "bytes": {"up": 0, "down": 2048}, "time_s": 1.0, "sim_time_s": 0.0, "energy_j": 0.0,
+}
+
+
+def _shown(summary):
+    file = io.StringIO()
+    Console(None, None, None, Terminal(file=file, soft_wrap=True, highlight=False, width=200)).finished(summary, Path("runs/x"))
+    return file.getvalue()
+
+
+def test_causes_are_counted_in_words():
+    everything = causes(COUNTS, REASONS)
+    assert everything == (
+        "3 out of memory, 2 dropped out, 1 raised an exception, 1 met a machine out of memory, 1 had an update that is not "
+        "finite, 1 had an update out of range, 4 had no plan, 1 not available"
+    )
+    assert causes(COUNTS | {"ineligible": 0, "unavailable": 0}, {"oom": 3}) == "3 out of memory"
+    assert causes(dict.fromkeys(COUNTS, 0), {}) == "nobody was asked"
+
+
+def test_a_run_that_nobody_took_part_in_says_so_at_the_end():
+    line = f"no client completed in any round: the model is the initial one ({causes(COUNTS, REASONS)})\n"
+    assert line in _shown(SUMMARY)
+    assert "no client completed" not in _shown(SUMMARY | {"clients": COUNTS | {"completed": 1}})
