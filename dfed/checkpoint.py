@@ -30,7 +30,7 @@ __all__ = ["CheckpointSettings", "latest", "params_sha256", "save"]
 
 logger = logging.getLogger(__name__)
 
-_FORMAT = 1
+_FORMAT = 2
 _NAME = re.compile(r"round_(\d{6,})")
 
 
@@ -84,6 +84,7 @@ def save(folder: Path, state: ServerState, fingerprint: str, keep: int) -> Path:
             "round_index": state.round_index,
             "facts": state.facts,
             "totals": state.totals,
+            "infeasible": state.infeasible,
             "params": list(state.params),
             "tensors_sha256": _file_sha256(partial / "state.safetensors"),
         }
@@ -161,7 +162,9 @@ def _read(path: Path, fingerprint: str) -> ServerState:
         if _file_sha256(path / "state.safetensors") != header["tensors_sha256"]:
             raise _Damaged("the tensors' checksum differs")
         tensors = load_file(path / "state.safetensors")
-        saved, round_index, facts, totals = (header[key] for key in ("fingerprint", "round_index", "facts", "totals"))
+        saved, round_index, facts, totals, infeasible = (
+            header[key] for key in ("fingerprint", "round_index", "facts", "totals", "infeasible")
+        )
         params = {name: tensors[f"params/{name}"] for name in header["params"]}  # the file has an order of its own
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise _Damaged(f"{type(error).__name__}: {error}") from error
@@ -173,7 +176,8 @@ def _read(path: Path, fingerprint: str) -> ServerState:
         if kind == "slots":
             slot, _, name = rest.partition("/")
             slots.setdefault(name, {})[slot] = value
-    return ServerState(round_index=round_index, params=params, slots=slots, facts=facts, totals=totals)
+    return ServerState(round_index=round_index, params=params, slots=slots, facts=facts, totals=totals,
+                       infeasible=infeasible)
 
 
 def _numbered(folder: Path) -> list[tuple[int, Path]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -15,7 +15,7 @@ from dfed.comm.partial_sums import value_range, weight_scale
 from dfed.data import Partition
 from dfed.fleet import Cost, Fleet, client_cost, round_time
 from dfed.plan import Plan
-from dfed.planner import Costs
+from dfed.planner import ClientPlanner, Costs
 from dfed.registry import CODECS
 from dfed.server import ServerOptimizer
 from dfed.state import ServerState
@@ -51,6 +51,7 @@ class Job:
     sampler: Sampler
     optimizer: ServerOptimizer
     costs: Costs
+    refuses_over_budget: bool
     forms: Forms
     rate_factor: Callable[[int], float]
     transport: Transport
@@ -60,11 +61,17 @@ class Job:
 
 @dataclass(frozen=True)
 class Cohort:
-    """The clients of a round with their plans and ranks, and how many were asked in vain."""
+    """The clients of a round with their plans and ranks, and how many were asked in vain.
+
+    Attributes:
+        dropped: Clients that vanish during the round.
+        refused: Clients whose predicted peak exceeds their budget, where ``memory.enforce`` is ``predicted``.
+    """
 
     plans: Mapping[int, Plan]
     ranks: Mapping[int, int]
     dropped: frozenset[int]
+    refused: frozenset[int]
     ineligible: int
     unavailable: int
 
@@ -77,10 +84,11 @@ def choose_cohort(job: Job, state: ServerState) -> Cohort:
         if not job.fleet.available(client, round_index):
             asked["unavailable"] += 1
             return False
-        num_samples = job.partition.num_samples(client)
-        candidate = Candidate(client, round_index, num_samples, job.fleet.profile(client))
+        num_samples, profile = job.partition.num_samples(client), job.fleet.profile(client)
+        planner = ClientPlanner(job.costs, profile, num_samples, state.infeasible)
+        candidate = Candidate(client, round_index, num_samples, profile, planner)
         plan = job.strategy.plan(state, candidate) if num_samples else None
-        if plan is None:
+        if plan is None or planner.failed_before(plan):  # no plan is tried twice on a budget that was too small for it
             asked["ineligible"] += 1
             return False
         plans[client] = plan
@@ -91,8 +99,15 @@ def choose_cohort(job: Job, state: ServerState) -> Cohort:
         sizes=job.partition.sizes,
     )
     dropped = frozenset(client for client in chosen if job.fleet.drops_out(client, round_index))
-    costs = {c: job.costs.flops(plans[c], job.partition.num_samples(c)) for c in chosen if c not in dropped}
-    return Cohort({c: plans[c] for c in chosen}, _assign(costs, job.transport.client_ranks), dropped, **asked)
+    refused = frozenset(c for c in chosen if c not in dropped and _is_over_budget(job, c, plans[c]))
+    away = dropped | refused
+    costs = {c: job.costs.flops(plans[c], job.partition.num_samples(c)) for c in chosen if c not in away}
+    return Cohort({c: plans[c] for c in chosen}, _assign(costs, job.transport.client_ranks), dropped, refused, **asked)
+
+
+def _is_over_budget(job: Job, client: int, plan: Plan) -> bool:
+    budget = job.fleet.profile(client).budget_bytes
+    return job.refuses_over_budget and budget is not None and job.costs.peak_bytes(plan) > budget
 
 
 def _assign(costs: Mapping[int, float], ranks: Sequence[int]) -> dict[int, int]:
@@ -108,7 +123,7 @@ def _assign(costs: Mapping[int, float], ranks: Sequence[int]) -> dict[int, int]:
 
 def encode_order(job: Job, state: ServerState, cohort: Cohort) -> Message:
     """The round's broadcast: every rank's tasks, and each block that someone in the cohort needs, encoded once."""
-    chosen = {client: plan for client, plan in cohort.plans.items() if client not in cohort.dropped}
+    chosen = {client: plan for client, plan in cohort.plans.items() if client in cohort.ranks}
     weights = {client: job.partition.num_samples(client) for client in chosen}
     tasks: dict[str, list[dict[str, Any]]] = {str(rank): [] for rank in job.transport.client_ranks}
     for client, plan in chosen.items():
@@ -137,17 +152,19 @@ def encode_order(job: Job, state: ServerState, cohort: Cohort) -> Message:
 
 
 def client_rows(job: Job, cohort: Cohort, reports: Sequence[Mapping[str, Any]], round_index: int) -> list[dict[str, Any]]:
-    """The clients' lines of metrics: those that reported, by number, then those that dropped out."""
-    rows = [_client_row(job, cohort, report) for report in [*reports, *_vanished(job, cohort, round_index)]]
-    return [{"round": round_index, **row} for row in rows]
+    """The clients' lines of metrics: those that reported, by number, then those that dropped out or were refused."""
+    absent = [*_absent(job, cohort, cohort.dropped, "failed", "dropout", round_index),
+              *_absent(job, cohort, cohort.refused, "oom", "predicted", round_index)]
+    return [{"round": round_index, **_client_row(job, cohort, report)} for report in [*reports, *absent]]
 
 
-def _vanished(job: Job, cohort: Cohort, round_index: int) -> list[dict[str, Any]]:
-    """Reports of the clients that dropped out: the model went down to them, nothing came up."""
+def _absent(job: Job, cohort: Cohort, clients: Iterable[int], status: str, reason: str,
+            round_index: int) -> list[dict[str, Any]]:
+    """Reports of clients that no rank played: the model went down to them, nothing came up."""
     return [
-        vars(ClientReport(client=client, status="failed", reason="dropout", bytes_up={},
+        vars(ClientReport(client=client, status=status, reason=reason, bytes_up={},
                           bytes_down=job.forms.of(cohort.plans[client]).down_bytes(round_index, client)))
-        for client in sorted(cohort.dropped)
+        for client in sorted(clients)
     ]
 
 
@@ -165,6 +182,7 @@ def _client_row(job: Job, cohort: Cohort, report: Mapping[str, Any]) -> dict[str
         **{name: report[name] for name in ("status", "reason", "loss", "num_steps", "num_visits", "peak_bytes", "time_s")},
         "num_samples": num_samples,
         "budget_bytes": profile.budget_bytes,
+        "predicted_bytes": job.costs.peak_bytes(plan),
         "bytes_up": up,
         "bytes_down": down,
         "bytes_header": report["bytes_down"].get("header", 0) + report["bytes_up"].get("header", 0),

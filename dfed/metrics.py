@@ -39,7 +39,7 @@ def empty_totals(tier_names: Sequence[str]) -> dict[str, Any]:
         "clients": dict.fromkeys(_CLIENT_COUNTS, 0),
         "reasons": {},
         "tiers": {name: {"selected": 0, "completed": 0, "oom": 0, "failed": 0, "bytes_up": 0, "bytes_down": 0,
-                         "peak_bytes": None} for name in tier_names},
+                         "predicted_bytes": None, "peak_bytes": None} for name in tier_names},
         "bytes": {"up": 0, "down": 0, "fabric": 0},
         "time_s": 0.0,
         "sim_time_s": 0.0,
@@ -62,6 +62,7 @@ def add_totals(totals: Mapping[str, Any], row: Mapping[str, Any], clients: Seque
         tier[client["status"]] += 1
         tier["bytes_up"] += client["bytes_up"]
         tier["bytes_down"] += client["bytes_down"]
+        tier["predicted_bytes"] = max(tier["predicted_bytes"] or 0, client["predicted_bytes"])
         if client["peak_bytes"] is not None and client["status"] == "completed":
             tier["peak_bytes"] = max(tier["peak_bytes"] or 0, client["peak_bytes"])
         if client["reason"] is not None:

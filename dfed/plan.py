@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -99,6 +100,14 @@ class Plan:
     def shape_key(self) -> str:
         """Text that is equal for plans that build the same sub-model and train it the same way, whoever the client."""
         return self._shape_key
+
+    def cost_key(self) -> str:
+        """32 hexadecimal digits that are equal for plans whose training needs the same memory: whoever the client, however
+        the tensors travel, and however long it trains.
+        """
+        phases = [(phase.objective, phase.batch_size) for phase in self.phases]
+        text = json.dumps([self.hold, self.train, self.options, phases], sort_keys=True)
+        return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
     @cached_property
     def _shape_key(self) -> str:

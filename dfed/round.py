@@ -8,11 +8,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from dfed.cohort import Job, choose_cohort, client_rows, encode_order, round_row
+from dfed.cohort import Cohort, Job, choose_cohort, client_rows, encode_order, round_row
 from dfed.comm import Message, wire
 from dfed.comm.partial_sums import PartialSums
 from dfed.errors import TooManyFailures, UpdateRejected
 from dfed.plan import Plan
+from dfed.planner import learn
 from dfed.server import Contribution, aggregate
 from dfed.state import ServerState
 
@@ -66,6 +67,7 @@ def lead_round(job: Job, state: ServerState) -> RoundResult:
     row = round_row(cohort, clients, state.round_index)
     row["bytes"]["fabric"] = job.transport.fabric_bytes - fabric
     row["time_s"] = time.perf_counter() - start
+    new = replace(new, infeasible=_infeasible(job, cohort, clients, state))
     new = job.strategy.advance(state, new, row)
     new = replace(new, facts=json.loads(json.dumps(new.facts, allow_nan=False)))  # as a checkpoint would give them back
     return RoundResult(new, row, clients, any(part["stop"] for part in parts))
@@ -113,6 +115,15 @@ def _fold_updates(job: Job, meta: Mapping[str, Any], gathered: Sequence[Mapping[
                 sums.add(wire.decode(update), form.regions, weight * meta["scale"], meta["ranges"])
             except UpdateRejected as error:
                 report.update(status="failed", reason=error.reason, detail=str(error))
+
+
+def _infeasible(job: Job, cohort: Cohort, clients: Sequence[Mapping[str, Any]], state: ServerState) -> Mapping[str, int]:
+    """What is known to run out of memory, with this round's cases."""
+    known = state.infeasible
+    for row in clients:
+        if row["status"] == "oom":
+            known = learn(known, cohort.plans[row["client"]], row["budget_bytes"])
+    return known
 
 
 def _contribution(job: Job, plan: Plan) -> Contribution:

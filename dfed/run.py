@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 import os
 import signal
 from dataclasses import dataclass
@@ -11,8 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from dfed.blocks import Splitting
-from dfed.client import Evaluator, Forms, Worker
+from dfed.client import Evaluator, Worker
 from dfed.cohort import Job
 from dfed.comm import Link, Transport
 from dfed.config import Choice, Config
@@ -21,12 +21,13 @@ from dfed.errors import ConfigError, Fault
 from dfed.fleet import Fleet
 from dfed.memory import check_cap, make_cap
 from dfed.models import Chain, build_chain
-from dfed.plan import Plan
-from dfed.planner import Costs
-from dfed.registry import SAMPLERS, SERVER_OPTIMIZERS, STRATEGIES
-from dfed.strategies import Problem, Strategy
+from dfed.planning import Planning
+from dfed.registry import SAMPLERS, SERVER_OPTIMIZERS, calling
+from dfed.settings import format_bytes
 
-__all__ = ["Planning", "Prepared", "Run", "StopFlag", "assemble", "prepare"]
+__all__ = ["Prepared", "Run", "StopFlag", "assemble", "prepare"]
+
+_SERVER_COPIES = 3  # the model, the round's message, and the new model; sums of twice that size come on top
 
 
 class StopFlag:
@@ -83,21 +84,65 @@ def prepare(config: Config, device: torch.device) -> Prepared:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic only with a fixed workspace
     data = load(config.data.dataset, dict(config.dataset_options), root=config.data.root, download=config.data.download,
                 cache=config.data.cache, seed=config.seed, validation_fraction=config.data.validation_fraction)
-    chain = build_chain(config.model.name, dict(config.model.options), input_shape=data.train.shape,
-                        num_classes=data.train.num_classes)
+    chain = _chain(config, data)
+    _check_host(config, data, chain)
     full = Planning(config, chain, Choice("fedavg", {}), num_clients=1, device=device)
-    fleet = Fleet.from_settings(config.fleet, seed=config.seed, full_peak_bytes=full.full_peak_bytes)
+    fleet = Fleet.from_settings(config.fleet, seed=config.seed, full_peak_bytes=full.full_budget_bytes)
     if config.cohort > fleet.num_clients:
         message = f"must be at most the number of clients ({fleet.num_clients}), but is {config.cohort}."
         raise ConfigError([Fault("cohort", message)])
     partition = make_partition(
         config.partition.name, dict(config.partition.options), num_samples=data.train.num_samples,
-        labels=lambda: data.train.labels(np.arange(data.train.num_samples)), num_classes=data.train.num_classes,
+        labels=lambda: _labels(config, data), num_classes=data.train.num_classes,
         num_clients=fleet.num_clients, tier_of=fleet.tier_of, seed=config.seed,
     )
     check_cap(config.memory, device, has_budgets=fleet.has_budgets)
     planning = Planning(config, chain, config.strategy, num_clients=fleet.num_clients, device=device)
     return Prepared(config=config, device=device, data=data, chain=chain, fleet=fleet, partition=partition, planning=planning)
+
+
+def _labels(config: Config, data: DataSplits) -> np.ndarray:
+    with calling("data.dataset", config.data.dataset):
+        return data.train.labels(np.arange(data.train.num_samples))
+
+
+def _chain(config: Config, data: DataSplits) -> Chain:
+    """The model; what does not suit it is said of the config's own fields."""
+    name, options = config.model.name, dict(config.model.options)
+    try:
+        with calling("model", name):
+            return build_chain(name, options, input_shape=data.train.shape, num_classes=data.train.num_classes)
+    except ConfigError as error:
+        raise ConfigError([_of_the_model(fault, config) for fault in error.faults]) from error
+
+
+def _of_the_model(fault: Fault, config: Config) -> Fault:
+    if fault.field in config.model.options:
+        return Fault(f"model.{fault.field}", fault.message)
+    if fault.field == "input_shape":
+        data, name = config.data.dataset, config.model.name
+        return Fault("model", f"must suit the images of data set '{data}', but '{name}' does not: their shape {fault.message}")
+    if fault.field.startswith("model"):
+        return Fault("model", fault.message)
+    return Fault("model", f"must name a model that can be used, but '{config.model.name}' cannot: {fault}")
+
+
+def _check_host(config: Config, data: DataSplits, chain: Chain) -> None:
+    """Refuse what this machine's memory can never hold, before anything of that size is asked for."""
+    if not hasattr(os, "sysconf"):  # not on Windows
+        return
+    physical = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    model = _SERVER_COPIES * sum(tensor.numel() * tensor.element_size() for tensor in chain.state_dict().values())
+    if model >= physical:
+        message = (f"must be small enough for the server, which holds its parameters {_SERVER_COPIES} times, in less than this "
+                   f"machine's {format_bytes(physical)}, but takes {format_bytes(model)}.")
+        raise ConfigError([Fault("model", message)])
+    held_out = data.test if config.metrics.split == "test" or data.validation is None else data.validation
+    batch = min(config.metrics.batch_size, held_out.num_samples) * 4 * math.prod(held_out.shape)
+    if batch >= physical:
+        message = (f"must be small enough for a mini-batch to take less than this machine's {format_bytes(physical)}, but is "
+                   f"{config.metrics.batch_size}, which takes {format_bytes(batch)}.")
+        raise ConfigError([Fault("metrics.batch_size", message)])
 
 
 def assemble(prepared: Prepared, link: Link, stop: StopFlag) -> Run:
@@ -113,26 +158,6 @@ def assemble(prepared: Prepared, link: Link, stop: StopFlag) -> Run:
     gc.collect()
     gc.freeze()
     return Run(config=config, job=job, link=link, chain=prepared.chain, evaluator=evaluator)
-
-
-class Planning:
-    """A strategy with the forms and costs of its plans, which it asks in turn whether a plan fits."""
-
-    def __init__(self, config: Config, chain: Chain, choice: Choice, *, num_clients: int, device: torch.device):
-        self.splitting = Splitting.by_unit(chain.unit_names)
-        self.shapes = {name: tuple(t.shape) for name, t in chain.state_dict().items() if t.is_floating_point()}
-        problem = Problem(
-            chain=chain, splitting=self.splitting, phases=config.client.phases, num_clients=num_clients,
-            seed=config.seed, fits=lambda plan, budget: self.costs.fits(plan, budget),
-        )
-        self.strategy: Strategy = STRATEGIES.get(choice.name)(problem, **choice.options)
-        self.forms = Forms(self.strategy, self.splitting, self.shapes)
-        self.costs = Costs(self.strategy, config.client, self.forms, chain.input_shape, device)
-
-    def full_peak_bytes(self) -> int:
-        """Predicted peak of training the full model as configured."""
-        names = self.splitting.names
-        return self.costs.peak_bytes(Plan(client=0, hold=names, train=names, phases=self.strategy.problem.phases))
 
 
 def _job(prepared: Prepared, link: Link, stop: StopFlag) -> Job:
@@ -153,7 +178,7 @@ def _job(prepared: Prepared, link: Link, stop: StopFlag) -> Job:
         partition=prepared.partition,
         sampler=SAMPLERS.get(config.sampler.name)(**config.sampler.options),
         optimizer=SERVER_OPTIMIZERS.get(config.server_optimizer.name)(**config.server_optimizer.options),
-        costs=planning.costs, forms=planning.forms,
+        costs=planning.costs, forms=planning.forms, refuses_over_budget=config.memory.enforce == "predicted",
         rate_factor=lambda round_index: config.client.schedule.at(round_index, config.rounds),
         transport=transport, worker=worker, stop_requested=lambda: stop.is_set,
     )

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from dfed.client.settings import ClientSettings, make_optimizer
+from dfed.models import Chain
 from dfed.plan import Phase, Plan
 from dfed.region import Region
 from dfed.strategies import Strategy
@@ -130,6 +131,9 @@ def run_plan(
     if generator is not None and hasattr(model, "set_generator"):
         model.set_generator(generator)
     model.train()
+    if settings.activation_checkpointing:
+        assert isinstance(model, Chain), "activation checkpointing works on chains: a strategy must build one"
+        model.recompute = True
     strategy.receive(model, {}, plan)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = make_optimizer(settings, parameters, rate_factor)
@@ -137,7 +141,8 @@ def run_plan(
     for phase in plan.phases:
         for x, y in _on(device, batches(phase)):
             optimizer.zero_grad(set_to_none=True)
-            loss = strategy.loss(model, x, y, phase)
+            with torch.autocast(device.type, torch.bfloat16, enabled=settings.precision == "bf16"):
+                loss = strategy.loss(model, x, y, phase)
             loss.backward()
             if settings.clip_norm is not None:
                 nn.utils.clip_grad_norm_(parameters, settings.clip_norm)

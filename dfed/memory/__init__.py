@@ -1,9 +1,16 @@
 """Memory: hard caps, measured peaks, predicted peaks."""
 
 from dfed.memory.caps import GREY_ZONE, MemoryMeter, MemorySettings, check_cap, is_out_of_memory, make_cap
-from dfed.memory.predict import CPU_OVERHEAD_BYTES, predict_peak
+from dfed.memory.predict import (
+    CPU_BF16_OVERHEAD_BYTES,
+    CPU_OVERHEAD_BYTES,
+    predict_course,
+    predict_levels,
+    predict_peak,
+)
 
 __all__ = [
+    "CPU_BF16_OVERHEAD_BYTES",
     "CPU_OVERHEAD_BYTES",
     "GREY_ZONE",
     "MemoryMeter",
@@ -11,5 +18,7 @@ __all__ = [
     "check_cap",
     "is_out_of_memory",
     "make_cap",
+    "predict_course",
+    "predict_levels",
     "predict_peak",
 ]

@@ -4,7 +4,7 @@
   the allocator's segments (2 MiB up to 10 MiB).
 * Linux, CPU: the soft ``RLIMIT_DATA`` is set to the present data segment plus the budget; the kernel refuses what would
   exceed it, torch raises, and the limit is lifted again. Granularity: pages, plus holes below 16 KiB in the heap.
-* Elsewhere a hard cap is refused: there is ``memory.enforce: off``.
+* Elsewhere a hard cap is refused: there are ``memory.enforce: predicted`` and ``off``.
 
 The peak is measured beside the cap: allocator statistics on CUDA; on Linux the high-water mark of resident memory above
 where it stood at the start (pages; the kernel's own counters may lag by about 1 MiB). Outside Linux and CUDA there is no
@@ -56,10 +56,11 @@ class MemorySettings(Settings):
     """How clients are held to their budgets.
 
     Attributes:
-        enforce: ``hard``: by the kernel or the CUDA allocator. ``off``: not at all; stated in the results.
+        enforce: ``hard``: by the kernel or the CUDA allocator. ``predicted``: a client whose predicted peak exceeds its
+            budget fails without training; the same on every system. ``off``: not at all; stated in the results.
     """
 
-    enforce: Literal["hard", "off"] = "hard"
+    enforce: Literal["hard", "predicted", "off"] = "hard"
 
 
 @dataclass
@@ -186,8 +187,8 @@ def check_cap(settings: MemorySettings, device: torch.device, *, has_budgets: bo
 
 def _no_cap(device: torch.device) -> ConfigError:
     return ConfigError([Fault("memory.enforce", (
-        f"must be 'off' on this system ({sys.platform}, {device.type}), which offers no hard cap (Linux with glibc or CUDA "
-        "does), but is 'hard'."
+        f"must be 'predicted' or 'off' on this system ({sys.platform}, {device.type}), which offers no hard cap (Linux with "
+        "glibc or CUDA does), but is 'hard'."
     ))])
 
 
@@ -204,7 +205,7 @@ def make_cap(settings: MemorySettings, device: torch.device, *, has_budgets: boo
     """
     if device.type == "cuda":
         return CudaCap(device, enforce=settings.enforce == "hard")
-    if settings.enforce == "off" or not has_budgets:
+    if settings.enforce != "hard" or not has_budgets:
         malloc.roomy()
         return Uncapped(device)
     check_cap(settings, device, has_budgets=has_budgets)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
-from dfed.models.chain import Chain, build_chain, materialise
+from dfed.models.build import build_chain
+from dfed.models.chain import Chain, materialise
 
 __all__ = ["Chain", "build_chain", "materialise"]

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import copy
-import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,10 +12,10 @@ from torch import Tensor, nn
 from dfed.errors import ConfigError, Fault
 from dfed.models.init import Scheme, initialise
 from dfed.models.layers import KeyedRandom, keyed
-from dfed.registry import MODELS, UnknownName, nearest
-from dfed.settings import settings_of
+from dfed.models.recompute import recomputed
+from dfed.registry import UnknownName, nearest
 
-__all__ = ["Chain", "build_chain", "materialise"]
+__all__ = ["Chain", "materialise"]
 
 
 class Chain(nn.Module):
@@ -31,6 +30,10 @@ class Chain(nn.Module):
         num_classes: Number of outputs of the last unit.
         name: The model's name, for messages.
         init: The scheme by which :func:`materialise` fills the weights.
+
+    Attributes:
+        recompute: Whether units drop their activations in training and compute them again in the backward pass; see
+            :func:`dfed.models.recompute.recomputed`.
 
     Raises:
         ConfigError: If a unit's name is empty, reserved, repeated or has a dot; if two units are one module, or two
@@ -53,6 +56,7 @@ class Chain(nn.Module):
         self.init_scheme = init
         self._unit_names = tuple(unit_name for unit_name, _ in units)
         self._shapes: dict[str, tuple[int, ...]] | None = None
+        self.recompute = False
         if not units:
             raise ConfigError([Fault("units", "must hold at least one unit, but is empty.")])
         for unit_name, module in units:
@@ -97,7 +101,7 @@ class Chain(nn.Module):
         Raises:
             UnknownName: If there is none.
         """
-        self._index(name)
+        self.index_of(name)
         return self._modules[name]  # type: ignore[return-value]
 
     def unit_of(self, tensor_name: str) -> str:
@@ -107,10 +111,15 @@ class Chain(nn.Module):
             UnknownName: If the name does not start with that of a unit.
         """
         name = tensor_name.partition(".")[0]
-        self._index(name)
+        self.index_of(name)
         return name
 
-    def _index(self, unit: str | int) -> int:
+    def index_of(self, unit: str | int) -> int:
+        """The place of a unit, given by name; a place in ``0 … len(self)``, given as such, is returned.
+
+        Raises:
+            UnknownName: If there is none.
+        """
         if isinstance(unit, int):
             if not 0 <= unit <= len(self):
                 raise UnknownName(f"unit index must be at least 0 and at most {len(self)}, but is {unit}.")
@@ -136,13 +145,20 @@ class Chain(nn.Module):
             UnknownName: If a unit does not exist.
             ValueError: If ``start`` comes after ``stop``.
         """
-        first = 0 if start is None else self._index(start)
-        last = len(self) if stop is None else self._index(stop)
+        first = 0 if start is None else self.index_of(start)
+        last = len(self) if stop is None else self.index_of(stop)
         if first > last:
             raise ValueError(f"`start` must not come after `stop` ({stop!r}), but is {start!r}.")
         for name in self._unit_names[first:last]:
-            x = self._modules[name](x)  # type: ignore[misc]
+            unit: nn.Module = self._modules[name]  # type: ignore[assignment]
+            x = recomputed(unit, x) if self._pays_to_recompute(unit, x) else unit(x)
         return x
+
+    def _pays_to_recompute(self, unit: nn.Module, x: Tensor) -> bool:
+        """Whether the unit would keep activations, and is not the last, whose backward pass follows at once."""
+        if not (self.recompute and self.training and torch.is_grad_enabled()) or unit is self._modules[self._unit_names[-1]]:
+            return False
+        return x.requires_grad or any(parameter.requires_grad for parameter in unit.parameters())
 
     def output_shapes(self) -> dict[str, tuple[int, ...]]:
         """The shape of one sample (no batch dimension) after each unit.
@@ -166,7 +182,7 @@ class Chain(nn.Module):
         for name in self._unit_names:
             before = tuple(x.shape[1:])
             try:
-                x = self.run(x, name, self._index(name) + 1)
+                x = self.run(x, name, self.index_of(name) + 1)
             except (RuntimeError, ValueError, IndexError, AssertionError) as error:
                 message = f"must suit model '{self.name}', but is {self.input_shape}: "
                 message += f"unit '{name}' cannot take an input of shape {before}: {error}"
@@ -193,73 +209,6 @@ class Chain(nn.Module):
         for module in self.modules():
             if isinstance(module, KeyedRandom):
                 module.generator = generator
-
-
-_GIVEN = ("input_shape", "num_classes")
-
-
-def build_chain(name: str, options: Mapping[str, Any], *, input_shape: tuple[int, ...], num_classes: int) -> Chain:
-    """Build a model on the meta device: nothing is allocated, and no random number is drawn.
-
-    Args:
-        name: A name of ``dfed.registry.MODELS``, or ``package.module:function``. A function of one's own has the
-            keyword-only parameters ``input_shape``, ``num_classes`` and its options, and returns a :class:`Chain`, or
-            an ``nn.Sequential`` whose children become the units.
-        options: Options of the model, by name.
-        input_shape: Shape of one sample, e.g. (channels, height, width).
-        num_classes: Number of classes.
-
-    Returns:
-        A chain whose tensors are on the meta device; see :func:`materialise`.
-
-    Raises:
-        UnknownName: If there is no such model.
-        pydantic.ValidationError: If an option is unknown or has a wrong value (a ValueError).
-        ConfigError: If the model cannot be built for this shape, or is no chain.
-    """
-    shape = tuple(input_shape)
-    if not shape or min(shape) < 1:
-        raise ConfigError([Fault("input_shape", f"must be one or more sizes of at least 1, but is {shape}.")])
-    if num_classes < 1:
-        raise ConfigError([Fault("num_classes", f"must be at least 1, but is {num_classes}.")])
-    builder = MODELS.get(name)
-    _check_builder(name, builder)
-    settings = settings_of(builder, given=_GIVEN)(**options)
-    chosen = {field: getattr(settings, field) for field in type(settings).model_fields}
-    with torch.device("meta"):
-        built = builder(input_shape=shape, num_classes=num_classes, **chosen)
-    chain = _as_chain(name, built, shape, num_classes)
-    last = chain.output_shapes()[chain.unit_names[-1]]
-    if last != (num_classes,):
-        message = f"must return one number per class, ({num_classes},), for each sample, but returns {last}."
-        raise ConfigError([Fault(f"model {name}", message)])
-    return chain
-
-
-def _check_builder(name: str, builder: Callable[..., Any]) -> None:
-    parameters = inspect.signature(builder).parameters if callable(builder) else {}
-    missing = [given for given in _GIVEN if given not in parameters]
-    if missing:
-        message = f"must be a function with the keyword-only parameters {' and '.join(_GIVEN)}, "
-        message += f"but has no {' and no '.join(missing)}."
-        raise ConfigError([Fault(f"model {name}", message)])
-
-
-def _as_chain(name: str, built: object, input_shape: tuple[int, ...], num_classes: int) -> Chain:
-    if isinstance(built, Chain):
-        if built.input_shape != input_shape:
-            message = f"must be built for input_shape {input_shape}, but is built for {built.input_shape}."
-            raise ConfigError([Fault(f"model {name}", message)])
-        return built
-    if isinstance(built, nn.Sequential):
-        units = list(built._modules.items())  # named_children() would drop a module that is there twice
-        return Chain(units, input_shape=input_shape, num_classes=num_classes, name=name)  # type: ignore[arg-type]
-    message = (
-        f"must return a Chain or an nn.Sequential with named children, but returns a {type(built).__name__}. Cut it "
-        "into steps that run one after another, and return dfed.models.Chain([('stem', …), ('block0', …), "
-        "('head', …)], input_shape=input_shape, num_classes=num_classes, name='…')."
-    )
-    raise ConfigError([Fault(f"model {name}", message)])
 
 
 def materialise(chain: Chain, generator: torch.Generator, device: torch.device | str = "cpu") -> Chain:

@@ -1,9 +1,11 @@
-"""What a plan costs: its predicted peak memory and its arithmetic, found without running or allocating it."""
+"""What a plan costs: its predicted peak memory, its arithmetic and its bytes, found without running or allocating it."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,21 +13,30 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dfed.client import ClientSettings, Skeleton, run_plan
 from dfed.client.forms import Forms
-from dfed.memory import CPU_OVERHEAD_BYTES, GREY_ZONE, predict_peak
+from dfed.memory import CPU_BF16_OVERHEAD_BYTES, CPU_OVERHEAD_BYTES, GREY_ZONE, predict_course
 from dfed.plan import Phase, Plan
+from dfed.planner.line import PeakLine
+from dfed.planner.store import Store, describe
 from dfed.strategies import Strategy
 
-__all__ = ["Costs"]
+__all__ = ["Costs", "with_batch"]
 
 _FLOP_BATCH = 2  # batch norm in training wants more than one value a channel
+_SMALL_BATCH, _LARGE_BATCH = 8, 16
 
 
 class Costs:
-    """Predicted costs of plans; each shape of plan is worked out once.
+    """Predicted costs of plans; each shape of plan is worked out once, and kept on disk if the store says so.
 
     Args:
-        input_shape: Of one sample.
+        forms: The wire form of each plan's messages.
         device: What clients train on; decides the memory that libraries take beside tensors.
+        store: Where predictions are kept; None: in memory.
+        identity: JSON values by which the store tells this strategy's plans from another's, e.g. its name and options.
+
+    Attributes:
+        strategy: Whose plans they are.
+        overhead_bytes: What libraries may take beside tensors.
     """
 
     def __init__(
@@ -33,39 +44,95 @@ class Costs:
         strategy: Strategy,
         settings: ClientSettings,
         forms: Forms,
-        input_shape: tuple[int, ...],
         device: torch.device,
+        *,
+        store: Store | None = None,
+        identity: Any = None,
     ):
-        self._strategy, self._settings, self._forms, self._input_shape = strategy, settings, forms, input_shape
-        self._overhead_bytes = CPU_OVERHEAD_BYTES if device.type == "cpu" else 0
+        self.strategy, self._settings, self._forms = strategy, settings, forms
+        self.overhead_bytes = 0
+        if device.type == "cpu":
+            self.overhead_bytes = CPU_BF16_OVERHEAD_BYTES if settings.precision == "bf16" else CPU_OVERHEAD_BYTES
+        self._store = store or Store(None)
+        chain = strategy.problem.chain
+        self._input_shape = chain.input_shape
+        self._depends = [describe(chain, strategy), _what_counts(settings), identity]
+        self._lines: dict[str, PeakLine | None] = {}
         self._peaks: dict[str, int] = {}
         self._flops: dict[str, list[float]] = {}
 
     def peak_bytes(self, plan: Plan) -> int:
-        """Predicted peak of the plan's training at its full batch size, in bytes, libraries' overhead included."""
-        return self._tensor_peak_bytes(plan) + self._overhead_bytes
+        """Predicted peak, in bytes, of the tensors that the plan's training holds at its full batch size."""
+        line = self._line(plan)
+        return self.peak_bytes_at(plan) if line is None else line.at(plan.phases[0].batch_size)
 
-    def _tensor_peak_bytes(self, plan: Plan) -> int:
-        key = plan.shape_key()
-        if key not in self._peaks:
-            skeleton = Skeleton(self._strategy.build(plan))
-            self._peaks[key] = predict_peak(lambda: self._payload(plan), lambda values: self._train(plan, skeleton, values))
-        return self._peaks[key]
+    def budget_bytes(self, plan: Plan) -> int:
+        """The smallest budget that is sure to do: the peak, the grey zone, and what libraries take beside tensors."""
+        return math.ceil(self.peak_bytes(plan) * (1 + GREY_ZONE)) + self.overhead_bytes
 
     def fits(self, plan: Plan, budget_bytes: int | None) -> bool:
-        """Whether the plan is expected to run on this budget, with the grey zone to spare."""
-        return (
-            budget_bytes is None
-            or self._tensor_peak_bytes(plan) * (1 + GREY_ZONE) + self._overhead_bytes <= budget_bytes
-        )
+        """Whether the plan is sure to run on this budget (None: without limit)."""
+        return budget_bytes is None or self.budget_bytes(plan) <= budget_bytes
+
+    def largest_batch(self, plan: Plan, budget_bytes: int | None, at_most: int) -> int:
+        """The largest batch size, up to ``at_most``, at which the plan fits the budget; 0 if it fits at none."""
+        if budget_bytes is None:
+            return at_most
+        line = self._line(plan)
+        limit = (budget_bytes - self.overhead_bytes) / (1 + GREY_ZONE)
+        guess = 0 if line is None else int(max(0, min(at_most, line.largest_batch(limit))))
+        low, high = 0, at_most + 1  # low fits, high does not
+        for middle in (guess, guess + 1):  # as a rule this is all, and nothing is left to search
+            if low < middle < high:
+                fits = self.fits(with_batch(plan, middle), budget_bytes)
+                low, high = (middle, high) if fits else (low, middle)
+        while high - low > 1:
+            middle = (low + high) // 2
+            fits = self.fits(with_batch(plan, middle), budget_bytes)
+            low, high = (middle, high) if fits else (low, middle)
+        return low
 
     def flops(self, plan: Plan, num_samples: int) -> float:
         """Floating-point operations of the plan's training on ``num_samples`` samples (a product and a sum are two)."""
-        key = plan.shape_key()
+        key = with_batch(plan, 1).cost_key()
         if key not in self._flops:
-            self._flops[key] = [self._flops_per_visit(replace(plan, phases=(phase,))) for phase in plan.phases]
+            depends = ["flops", *self._depends, key]
+            self._flops[key] = self._store.get(depends, lambda: [
+                self._flops_per_visit(replace(plan, phases=(phase,))) for phase in plan.phases
+            ])
         visits = (phase.num_visits(num_samples) for phase in plan.phases)
         return sum(per_visit * count for per_visit, count in zip(self._flops[key], visits, strict=True))
+
+    def message_bytes(self, plan: Plan) -> tuple[int, int]:
+        """Bytes that this plan's client receives and sends in a round, header included."""
+        form = self._forms.of(plan)
+        return sum(form.down_bytes(0, plan.client).values()), sum(form.up_bytes(0, plan.client).values())
+
+    def _line(self, plan: Plan) -> PeakLine | None:
+        """The peak over batch sizes; None where phases differ in theirs, or batches of other sizes work otherwise."""
+        if len({phase.batch_size for phase in plan.phases}) != 1:
+            return None
+        key = with_batch(plan, 1).cost_key()
+        if key not in self._lines:
+            lines = self._store.get(["line", *self._depends, key], lambda: self._work_out_line(plan))
+            self._lines[key] = PeakLine(tuple((base, rate) for base, rate in lines)) if lines else None
+        return self._lines[key]
+
+    def _work_out_line(self, plan: Plan) -> list[list[float]]:
+        small, large = (self._course(with_batch(plan, size)) for size in (_SMALL_BATCH, _LARGE_BATCH))
+        line = PeakLine.through(small, _SMALL_BATCH, large, _LARGE_BATCH)
+        return [] if line is None else [list(part) for part in line.lines]
+
+    def peak_bytes_at(self, plan: Plan) -> int:
+        """As :meth:`peak_bytes`, from one prediction at this batch size: half the work where no other size is asked for."""
+        key = plan.cost_key()
+        if key not in self._peaks:
+            self._peaks[key] = self._store.get(["peak", *self._depends, key], lambda: max(self._course(plan)))
+        return self._peaks[key]
+
+    def _course(self, plan: Plan) -> list[int]:
+        skeleton = Skeleton(self.strategy.build(plan))
+        return predict_course(lambda: self._payload(plan), lambda values: self._train(plan, skeleton, values))
 
     def _payload(self, plan: Plan) -> dict[str, Tensor]:
         return {entry.name: torch.empty(entry.shape) for entry in self._forms.of(plan).down}
@@ -82,16 +149,30 @@ class Costs:
                 yield torch.empty(size, *self._input_shape), torch.zeros(size, dtype=torch.int64)
 
         run_plan(
-            self._strategy, plan, skeleton, values, self._forms.of(plan).regions, batches, self._settings,
+            self.strategy, plan, skeleton, values, self._forms.of(plan).regions, batches, self._settings,
             rate_factor=1.0, device=torch.device("cpu"), generator=torch.Generator(),
         )
 
     def _flops_per_visit(self, plan: Plan) -> float:
-        counter, skeleton = FlopCounterMode(display=False), Skeleton(self._strategy.build(plan))
+        counter, skeleton = FlopCounterMode(display=False), Skeleton(self.strategy.build(plan))
 
         def work(values: dict[str, Tensor]) -> None:
             with counter:
                 self._train(plan, skeleton, values, batch_size=_FLOP_BATCH, steps=1)
 
-        predict_peak(lambda: self._payload(plan), work)
+        predict_course(lambda: self._payload(plan), work)
         return counter.get_total_flops() / _FLOP_BATCH
+
+
+def _what_counts(settings: ClientSettings) -> list[Any]:
+    """The settings of local training on which memory and arithmetic of a step depend."""
+    clips, momentum = settings.clip_norm is not None, settings.momentum > 0
+    return [settings.optimizer, momentum, settings.nesterov, settings.weight_decay > 0, clips,
+            settings.activation_checkpointing, settings.precision]
+
+
+def with_batch(plan: Plan, batch_size: int) -> Plan:
+    """The plan with this batch size in every phase."""
+    return replace(plan, phases=tuple(replace(phase, batch_size=batch_size) for phase in plan.phases))
+
+

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -53,9 +53,7 @@ def aggregate(
             before = slots.get(name)
             before = optimizer.init(name, state.params[name]) if before is None else before
             params[name], slots[name] = optimizer.step(name, state.params[name], mean, dict(before), covered)
-    return ServerState(
-        round_index=state.round_index + 1, params=params, slots=slots, facts=state.facts, totals=state.totals
-    )
+    return replace(state, round_index=state.round_index + 1, params=params, slots=slots)
 
 
 def _weights_by_region(name: str, contributions: Sequence[Contribution]) -> dict[Region, int]:

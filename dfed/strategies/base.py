@@ -7,31 +7,54 @@ and client. The defaults are plain federated averaging; :meth:`Strategy.plan` al
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dfed.blocks import Splitting
-from dfed.fleet import DeviceProfile
+from dfed.fleet import Cost, DeviceProfile
 from dfed.models import Chain
 from dfed.plan import Phase, Plan
 from dfed.region import WHOLE, Region
 from dfed.state import ServerState
 
-__all__ = ["Candidate", "Problem", "Strategy"]
+__all__ = ["Candidate", "PlannerView", "Problem", "Strategy"]
+
+
+class PlannerView(Protocol):
+    """What a strategy may ask of the planner about one client; see :class:`dfed.planner.ClientPlanner`."""
+
+    def fits(self, plan: Plan, *, time_s: float | None = None, upload_bytes: float | None = None) -> bool:
+        """Whether the client can carry the plan out."""
+
+    def best(self, plans: Iterable[Plan], *, time_s: float | None = None, upload_bytes: float | None = None) -> Plan | None:
+        """The first of ``plans``, which stand in order of preference, that fits."""
+
+    def largest_batch(self, plan: Plan, at_most: int, *, time_s: float | None = None) -> Plan | None:
+        """The plan with the largest batch size that fits."""
+
+    def cost(self, plan: Plan) -> Cost:
+        """Simulated seconds and joules of a round with this plan."""
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A client that might take part in a round, as a strategy sees it."""
+    """A client that might take part in a round, as a strategy sees it.
+
+    Attributes:
+        planner: What plans would cost this client, and which it can carry out. Plans that ran out of memory on a budget
+            like its own do not fit.
+    """
 
     client: int
     round_index: int
     num_samples: int
     profile: DeviceProfile
+    planner: PlannerView
 
 
 @dataclass(frozen=True)
@@ -44,7 +67,6 @@ class Problem:
         phases: Local training as configured.
         num_clients: Size of the fleet.
         seed: The run's seed.
-        fits: ``fits(plan, budget_bytes)``: whether the planner expects the plan to run on that budget (None: unlimited).
     """
 
     chain: Chain
@@ -52,7 +74,6 @@ class Problem:
     phases: tuple[Phase, ...]
     num_clients: int
     seed: int
-    fits: Callable[[Plan, int | None], bool]
 
 
 class Strategy(ABC):
@@ -96,7 +117,8 @@ class Strategy(ABC):
     def loss(self, model: nn.Module, x: Tensor, y: Tensor, phase: Phase) -> Tensor:
         """Loss (a scalar) of one mini-batch: ``x`` float32 ``(b, …)``, ``y`` int64 ``(b,)``."""
         assert phase.objective == "cross_entropy", f"a strategy with the objective '{phase.objective}' must write `loss`"
-        return F.cross_entropy(model(x), y)
+        scores = model(x)
+        return F.cross_entropy(scores.float() if scores.dtype == torch.bfloat16 else scores, y)  # float32 under autocast too
 
     def upload(self, name: str, value: Tensor, region: Region, plan: Plan) -> Tensor | None:
         """What goes up for a tensor that the client holds: by default its value if its block is trained, else None."""

@@ -18,5 +18,4 @@ class ExclusiveFL(Strategy):
     """FedAvg over the clients whose memory holds the full training; the others never take part."""
 
     def plan(self, state: ServerState, candidate: Candidate) -> Plan | None:
-        plan = self.whole_plan(candidate)
-        return plan if self.problem.fits(plan, candidate.profile.budget_bytes) else None
+        return candidate.planner.best([self.whole_plan(candidate)])

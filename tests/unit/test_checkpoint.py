@@ -26,6 +26,7 @@ def _state(round_index=1, fill=0.0):
         slots={"head.fc.weight": {"m": weight * 2, "v": weight.square()}, "a/b.weight": {"m": special.clone()}},
         facts={"stage": 2, "history": [0.1, None, True], "by round": {"10": 1, "9": 2}, "name": "ä"},
         totals=empty_totals(["weak", "strong"]) | {"time_s": 0.1 + 0.2},
+        infeasible={"0123456789abcdef": 2**40 + 1},
     )
 
 
@@ -41,6 +42,7 @@ def _assert_same(read, written):
            {n: {s: _bits(v) for s, v in slots.items()} for n, slots in written.slots.items()}
     assert read.facts == written.facts
     assert read.totals == written.totals
+    assert read.infeasible == written.infeasible
 
 
 def _names(folder):
@@ -194,8 +196,8 @@ def test_a_checkpoint_of_another_configuration_or_format_is_refused(tmp_path):
     with pytest.raises(CheckpointError, match=r"round_000002 was written by another configuration .*: resume with"):
         latest(tmp_path, "print")
     assert latest(tmp_path, "other").round_index == 2
-    _change_json(tmp_path / "round_000002", format=2)
-    with pytest.raises(CheckpointError, match="round_000002 must have format 1, but has 2"):
+    _change_json(tmp_path / "round_000002", format=1)
+    with pytest.raises(CheckpointError, match="round_000002 must have format 2, but has 1"):
         latest(tmp_path, "other")
 
 

@@ -13,6 +13,7 @@ from dfed.metrics import MetricsSettings, MetricsWriter, add_totals, empty_total
 def _client(client=0, tier="weak", status="completed", reason=None, peak_bytes=100, **more):
     return {
         "round": 0, "client": client, "tier": tier, "status": status, "reason": reason, "peak_bytes": peak_bytes,
+        "predicted_bytes": 1000 + client,
         "bytes_up": 10 + client, "bytes_down": 20 + client, **more,
     }
 
@@ -62,6 +63,9 @@ def test_totals_add_up():
     assert totals["tiers"]["idle"] == empty_totals(["idle"])["tiers"]["idle"]
     assert totals["tiers"]["weak"]["peak_bytes"] == 100  # of those that completed
     assert totals["tiers"]["strong"]["peak_bytes"] == 300
+    assert {name: tier["predicted_bytes"] for name, tier in totals["tiers"].items()} == {
+        "weak": 1007, "strong": 1006, "idle": None,  # of all that were chosen
+    }
     for name in ("selected", "completed", "oom", "failed"):
         assert sum(tier[name] for tier in totals["tiers"].values()) == totals["clients"][name]
     for name in ("up", "down"):

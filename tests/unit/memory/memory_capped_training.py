@@ -41,14 +41,13 @@ class Training:
         self.chain = build_chain(model, {}, input_shape=SHAPE, num_classes=10)
         shapes = {name: tuple(t.shape) for name, t in self.chain.state_dict().items() if t.is_floating_point()}
         splitting, phases = Splitting.by_unit(self.chain.unit_names), (Phase(batch_size=batch, steps=2),)
-        problem = Problem(chain=self.chain, splitting=splitting, phases=phases, num_clients=1, seed=0,
-                          fits=lambda plan, budget: True)
+        problem = Problem(chain=self.chain, splitting=splitting, phases=phases, num_clients=1, seed=0)
         self.strategy, self.settings = FedAvg(problem), ClientSettings(momentum=0.9)
         forms = Forms(self.strategy, splitting, shapes)
         self.plan = Plan(client=0, hold=splitting.names, train=splitting.names, phases=phases)
         self.regions = forms.of(self.plan).regions
-        costs = Costs(self.strategy, self.settings, forms, SHAPE, CPU)
-        self.tensor_bytes = costs.peak_bytes(self.plan) - CPU_OVERHEAD_BYTES
+        costs = Costs(self.strategy, self.settings, forms, CPU)
+        self.tensor_bytes = costs.peak_bytes(self.plan)
         full = materialise(self.chain.skeleton(), rng.torch_generator(0, "init"))
         self.values = {name: value.detach() for name, value in full.state_dict().items() if name in shapes}
         self.skeleton = Skeleton(self.chain.skeleton())

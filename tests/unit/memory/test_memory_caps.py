@@ -58,7 +58,8 @@ def test_a_hard_cap_is_refused_where_there_is_none(monkeypatch):
     monkeypatch.setattr(malloc, "roomy", lambda: roomy.append(1))
     for platform in ("darwin", "win32"):
         monkeypatch.setattr(sys, "platform", platform)
-        with pytest.raises(ConfigError, match=rf"`memory\.enforce` must be 'off' on this system \({platform}, cpu\)"):
+        said = rf"`memory\.enforce` must be 'predicted' or 'off' on this system \({platform}, cpu\)"
+        with pytest.raises(ConfigError, match=said):
             make_cap(MemorySettings(), CPU, has_budgets=True)
         for cap in (make_cap(MemorySettings(enforce="off"), CPU, has_budgets=True),
                     make_cap(MemorySettings(), CPU, has_budgets=False)):
@@ -69,7 +70,7 @@ def test_a_hard_cap_is_refused_where_there_is_none(monkeypatch):
     assert len(roomy) == 4
     monkeypatch.setattr(sys, "platform", "linux")
     monkeypatch.setattr(malloc, "tight", lambda: False)  # Linux with another C library
-    with pytest.raises(ConfigError, match=r"`memory\.enforce` must be 'off' on this system \(linux, cpu\)"):
+    with pytest.raises(ConfigError, match=r"`memory\.enforce` must be 'predicted' or 'off' on this system \(linux, cpu\)"):
         make_cap(MemorySettings(), CPU, has_budgets=True)
     assert isinstance(make_cap(MemorySettings(), torch.device("cuda", 0), has_budgets=True), CudaCap)
     with pytest.raises(ValueError, match="enforce"):

@@ -159,10 +159,9 @@ def test_planning_a_huge_training_allocates_next_to_nothing():
     shapes = {name: tuple(t.shape) for name, t in chain.state_dict().items() if t.is_floating_point()}
     splitting = Splitting.by_unit(chain.unit_names)
     settings = ClientSettings(batch_size=128, momentum=0.9)
-    problem = Problem(chain=chain, splitting=splitting, phases=settings.phases, num_clients=1, seed=0,
-                      fits=lambda plan, budget: True)
+    problem = Problem(chain=chain, splitting=splitting, phases=settings.phases, num_clients=1, seed=0)
     strategy = FedAvg(problem)
-    costs = Costs(strategy, settings, Forms(strategy, splitting, shapes), chain.input_shape, torch.device("cpu"))
+    costs = Costs(strategy, settings, Forms(strategy, splitting, shapes), torch.device("cpu"))
     plan = Plan(client=0, hold=splitting.names, train=splitting.names, phases=settings.phases)
     gc.collect()
     before = measure.resident_bytes()

@@ -3,10 +3,11 @@ import torch
 
 from dfed.blocks import Splitting
 from dfed.client import ClientSettings, Forms
+from dfed.fleet import DeviceProfile
 from dfed.memory import CPU_OVERHEAD_BYTES, GREY_ZONE
 from dfed.models import build_chain
 from dfed.plan import Phase, Plan
-from dfed.planner import Costs
+from dfed.planner import ClientPlanner, Costs, learn, with_batch
 from dfed.registry import STRATEGIES
 from dfed.strategies import Problem
 
@@ -18,10 +19,9 @@ def costs_of(model, options, shape, classes, *, strategy="fedavg", device=CPU, *
     splitting = Splitting.by_unit(chain.unit_names)
     shapes = {name: tuple(t.shape) for name, t in chain.state_dict().items() if t.is_floating_point()}
     client = ClientSettings(**settings)
-    problem = Problem(chain=chain, splitting=splitting, phases=client.phases, num_clients=1, seed=0,
-                      fits=lambda plan, budget: True)
+    problem = Problem(chain=chain, splitting=splitting, phases=client.phases, num_clients=1, seed=0)
     made = STRATEGIES.get(strategy)(problem)
-    costs = Costs(made, client, Forms(made, splitting, shapes), shape, device)
+    costs = Costs(made, client, Forms(made, splitting, shapes), device)
     weights = sum(parameter.numel() for parameter in chain.parameters())
     return costs, Plan(client=0, hold=splitting.names, train=splitting.names, phases=client.phases), weights
 
@@ -58,7 +58,7 @@ def test_flops_of_a_cnn_by_hand():
 def test_peak_of_a_wide_layer_by_hand(settings, states):
     # One sample, so that weights outweigh everything else: weight, gradient and the optimiser's state, all at once.
     costs, plan, weights = costs_of("mlp", {"hidden": []}, (1, 32, 32), 1000, batch_size=1, **settings)
-    tensors = costs.peak_bytes(plan) - CPU_OVERHEAD_BYTES
+    tensors = costs.peak_bytes(plan)
     # Beside them: input, logits, losses: 4 KiB each, a few at a time; a norm's work space where gradients are clipped.
     assert 0 <= tensors - 4 * weights * (2 + states) <= 64 * 1024
     assert costs.peak_bytes(plan) is not None
@@ -79,9 +79,10 @@ def test_peak_grows_with_the_batch_and_with_what_the_strategy_keeps():
 
 def test_fits_leaves_the_grey_zone_and_the_overhead():
     costs, plan, _ = costs_of("mlp", {"hidden": [200]}, (1, 16, 16), 10, batch_size=4)
-    tensors = costs.peak_bytes(plan) - CPU_OVERHEAD_BYTES
+    tensors = costs.peak_bytes(plan)
     needed = tensors * (1 + GREY_ZONE) + CPU_OVERHEAD_BYTES
     assert costs.fits(plan, None)
+    assert costs.budget_bytes(plan) == int(needed) + 1  # rounded up
     assert costs.fits(plan, int(needed) + 1)
     assert not costs.fits(plan, int(needed) - 1)
     assert not costs.fits(plan, 0)
@@ -89,3 +90,74 @@ def test_fits_leaves_the_grey_zone_and_the_overhead():
     assert on_gpu.peak_bytes(plan) == tensors
     assert on_gpu.fits(plan, int(tensors * (1 + GREY_ZONE)) + 1)
     assert not on_gpu.fits(plan, int(tensors * (1 + GREY_ZONE)) - 1)
+
+
+@pytest.mark.parametrize(("model", "options"), [
+    ("cnn", {"hidden": 32}), ("resnet8", {}), ("vit_tiny", {"depth": 1, "width": 24}),
+])
+def test_a_peak_at_any_batch_size_follows_from_two(model, options):
+    costs, plan, _ = costs_of(model, options, (3, 16, 16), 10, batch_size=32, momentum=0.9)
+    for size in (2, 5, 16, 37, 100):
+        assert costs.peak_bytes(with_batch(plan, size)) == costs.peak_bytes_at(with_batch(plan, size))
+
+
+def test_the_largest_batch_fits_and_the_next_does_not():
+    costs, plan, _ = costs_of("resnet8", {}, (3, 16, 16), 10, batch_size=4, momentum=0.9)
+    for budget in (30 * 2**20, 33 * 2**20, 100 * 2**20):
+        size = costs.largest_batch(plan, budget, 10**6)
+        assert size > 1
+        assert costs.fits(with_batch(plan, size), budget)
+        assert not costs.fits(with_batch(plan, size + 1), budget)
+        assert costs.largest_batch(plan, budget, 3) == 3
+    assert costs.largest_batch(plan, 12 * 2**20, 100) == 0
+    assert costs.largest_batch(plan, None, 77) == 77
+    # Phases with batches of their own have no line; the search then predicts.
+    phases = (Phase(batch_size=4, epochs=1), Phase(batch_size=8, epochs=1))
+    two = Plan(client=0, hold=plan.hold, train=plan.train, phases=phases)
+    assert costs.peak_bytes(two) == costs.peak_bytes(with_batch(two, 8))
+    assert costs.largest_batch(two, 33 * 2**20, 10**6) == costs.largest_batch(with_batch(two, 1), 33 * 2**20, 10**6)
+
+
+def profile(budget, **changes):
+    return DeviceProfile(**{"tier": "t", "budget_bytes": budget, "flops": 1e9, "up": 1e6, "down": 2e6, "watts": 2.0,
+                            "radio_watts": 1.0, "availability": 1.0, "dropout": 0.0, **changes})
+
+
+def test_the_best_plan_for_a_client():
+    costs, full, _ = costs_of("resnet8", {}, (3, 16, 16), 10, batch_size=64, momentum=0.9)
+    plans = [with_batch(full, size) for size in (64, 32, 8)]
+    enough = [costs.budget_bytes(plan) for plan in plans]
+    assert sorted(enough, reverse=True) == enough
+    for number, budget in enumerate(enough):
+        planner = ClientPlanner(costs, profile(budget), 100, {})
+        assert planner.best(plans) == plans[number]
+        assert [planner.fits(plan) for plan in plans] == [i >= number for i in range(3)]
+    assert ClientPlanner(costs, profile(enough[-1] - 1), 100, {}).best(plans) is None
+    assert ClientPlanner(costs, profile(None), 100, {}).best(plans) == plans[0]
+    # Time and bytes: the cost by hand, and a limit on either side of it.
+    planner = ClientPlanner(costs, profile(None), 100, {})
+    down, up = costs.message_bytes(full)
+    seconds = costs.flops(full, 100) / 1e9 + down / 2e6 + up / 1e6
+    assert planner.cost(full).total_s == pytest.approx(seconds, rel=1e-12)
+    assert planner.fits(full, time_s=seconds * 1.001, upload_bytes=up)
+    assert not planner.fits(full, time_s=seconds * 0.999)
+    assert not planner.fits(full, upload_bytes=up - 1)
+    assert planner.best(plans, time_s=seconds * 0.9) is None
+    assert planner.largest_batch(full, 50) == with_batch(full, 50)
+    assert planner.largest_batch(full, 50, time_s=seconds * 0.9) is None
+
+
+def test_what_ran_out_of_memory_is_not_tried_again():
+    costs, full, _ = costs_of("resnet8", {}, (3, 16, 16), 10, batch_size=32, momentum=0.9)
+    budget = costs.budget_bytes(full)
+    infeasible = learn({}, full, budget)
+    assert learn(infeasible, full, budget - 5) == infeasible
+    assert learn(infeasible, full, budget + 5)[full.cost_key()] == budget + 5
+    other_client = Plan(client=7, hold=full.hold, train=full.train, phases=full.phases, up={"head": "fp16"})
+    for size, fails in ((budget, True), (budget - 1, True), (budget + 1, False), (None, False)):
+        planner = ClientPlanner(costs, profile(size), 100, infeasible)
+        assert planner.failed_before(full) == planner.failed_before(other_client) == fails
+        if size is not None and size >= budget:
+            assert planner.fits(full) == (not fails)
+    smaller = ClientPlanner(costs, profile(budget), 100, infeasible).largest_batch(full, 32)
+    assert smaller == with_batch(full, 31)

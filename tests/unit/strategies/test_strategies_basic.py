@@ -19,17 +19,27 @@ PLAIN = ["exclusivefl", "fedavg", "fedprox"]
 OPTIONS = {"channels": [3], "kernel": 3, "hidden": 5, "norm": "batch"}
 
 
-def problem(fits=lambda plan, budget: True):
+def problem():
     chain = build_chain("cnn", OPTIONS, input_shape=(1, 6, 6), num_classes=3)
     phases = (Phase(batch_size=4, epochs=2),)
-    return Problem(chain=chain, splitting=Splitting.by_unit(chain.unit_names), phases=phases, num_clients=9, seed=1,
-                   fits=fits)
+    return Problem(chain=chain, splitting=Splitting.by_unit(chain.unit_names), phases=phases, num_clients=9, seed=1)
+
+
+class UpTo:
+    """A planner to which a plan fits if the budget is at least 1000."""
+
+    def __init__(self, budget):
+        self.budget, self.asked = budget, 0
+
+    def best(self, plans):
+        self.asked += 1
+        return next((plan for plan in plans if self.budget is None or self.budget >= 1000), None)
 
 
 def candidate(client=3, budget=None):
     profile = DeviceProfile(tier="t", budget_bytes=budget, flops=1e9, up=1e6, down=1e6, watts=1.0, radio_watts=1.0,
                             availability=1.0, dropout=0.0)
-    return Candidate(client, 2, 50, profile)
+    return Candidate(client, 2, 50, profile, UpTo(budget))
 
 
 def real_model(strategy, plan, dtype=torch.float32):
@@ -79,21 +89,16 @@ def test_a_strategy_does_not_change_after_construction(name):
 
 
 def test_fedavg_takes_everybody_and_exclusivefl_those_that_fit():
-    asked = []
-
-    def fits(plan, budget):
-        asked.append((plan.client, budget))
-        return budget is None or budget >= 1000
-
-    exclusive, everyone = (STRATEGIES.get(name)(problem(fits)) for name in ("exclusivefl", "fedavg"))
+    exclusive, everyone = (STRATEGIES.get(name)(problem()) for name in ("exclusivefl", "fedavg"))
     for budget, takes_part in ((None, True), (1000, True), (999, False), (0, False)):
-        plan = exclusive.plan(STATE, candidate(5, budget))
+        asking, silent = candidate(5, budget), candidate(5, budget)
+        plan = exclusive.plan(STATE, asking)
         assert (plan is not None) == takes_part
-        assert asked[-1] == (5, budget)
+        assert asking.planner.asked == 1
         if takes_part:
-            assert plan == everyone.plan(STATE, candidate(5, budget))
-        assert everyone.plan(STATE, candidate(5, budget)) is not None
-    assert len(asked) == 4  # FedAvg does not ask
+            assert plan == everyone.plan(STATE, silent)
+        assert everyone.plan(STATE, silent) is not None
+        assert silent.planner.asked == 0  # FedAvg does not ask
 
 
 @pytest.mark.parametrize("mu", [0.0, 0.01, 3.0])

@@ -1,0 +1,64 @@
+"""Activation checkpointing: a unit's activations are dropped after the forward pass and computed again in the backward pass.
+
+Chen et al., "Training deep nets with sublinear memory cost" (2016, arXiv:1604.06174), one segment per unit. The second
+pass sees the random numbers of the first, and leaves running statistics alone, so that training gives the same bits
+with and without it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.checkpoint import checkpoint
+
+from dfed.models.layers import KeyedRandom
+
+__all__ = ["recomputed"]
+
+
+def recomputed(unit: nn.Module, x: Tensor) -> Tensor:
+    """``unit(x)``, with nothing kept for the backward pass but ``x`` itself.
+
+    Args:
+        unit: A module that does not change ``x`` in place.
+        x: (batch, …).
+    """
+    generator = next((m.generator for m in unit.modules() if isinstance(m, KeyedRandom)), None)
+    state = generator.get_state() if generator is not None else None
+    runs = 0
+
+    def run(x: Tensor) -> Tensor:
+        nonlocal runs
+        runs += 1
+        if runs == 1:
+            return unit(x)
+        with _as_before(unit, generator, state):
+            return unit(x)
+
+    return checkpoint(run, x, use_reentrant=False, preserve_rng_state=False)
+
+
+@contextmanager
+def _as_before(unit: nn.Module, generator: torch.Generator | None, state: Tensor | None) -> Iterator[None]:
+    """Draw what was drawn from ``state`` on, and keep running statistics as they are."""
+    norms = [m for m in unit.modules() if isinstance(m, _BatchNorm) and m.training and m.num_batches_tracked is not None]
+    kept = [(norm, norm.momentum, norm.num_batches_tracked.clone()) for norm in norms]
+    now = generator.get_state() if generator is not None else None
+    try:
+        for norm in norms:
+            norm.momentum = 0.0
+        if generator is not None:
+            assert state is not None
+            generator.set_state(state)
+        yield
+    finally:
+        for norm, momentum, count in kept:
+            norm.momentum = momentum
+            norm.num_batches_tracked.copy_(count)
+        if generator is not None:
+            assert now is not None
+            generator.set_state(now)

@@ -1,0 +1,73 @@
+"""The best plan for one client: the first of a strategy's candidates that its memory, time and bytes allow."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from dfed.fleet import Cost, DeviceProfile, client_cost
+from dfed.plan import Plan
+from dfed.planner.costs import Costs, with_batch
+
+__all__ = ["ClientPlanner", "learn"]
+
+
+@dataclass(frozen=True)
+class ClientPlanner:
+    """What plans cost one client, and which of them it can carry out. What strategies ask; see ``Candidate.planner``.
+
+    Attributes:
+        costs: Predicted costs of the strategy's plans.
+        profile: The client's device.
+        num_samples: The client's training samples.
+        infeasible: ``ServerState.infeasible``: what ran out of memory before.
+    """
+
+    costs: Costs
+    profile: DeviceProfile
+    num_samples: int
+    infeasible: Mapping[str, int]
+
+    def cost(self, plan: Plan) -> Cost:
+        """Simulated seconds and joules of a round with this plan."""
+        down, up = self.costs.message_bytes(plan)
+        return client_cost(self.profile, flops=self.costs.flops(plan, self.num_samples), bytes_down=down, bytes_up=up)
+
+    def failed_before(self, plan: Plan) -> bool:
+        """Whether this plan ran out of memory on this client's budget, or on a larger one."""
+        budget = self.profile.budget_bytes
+        return budget is not None and budget <= self.infeasible.get(plan.cost_key(), -1)
+
+    def fits(self, plan: Plan, *, time_s: float | None = None, upload_bytes: float | None = None) -> bool:
+        """Whether the client can carry the plan out: in its memory, and in so many simulated seconds and bytes up, if given."""
+        if self.failed_before(plan) or not self.costs.fits(plan, self.profile.budget_bytes):
+            return False
+        if upload_bytes is not None and self.costs.message_bytes(plan)[1] > upload_bytes:
+            return False
+        return time_s is None or self.cost(plan).total_s <= time_s
+
+    def best(self, plans: Iterable[Plan], *, time_s: float | None = None, upload_bytes: float | None = None) -> Plan | None:
+        """The first of ``plans`` that fits; None if none does.
+
+        Args:
+            plans: In order of preference, e.g. widest, deepest, or longest trained range first; looked at one by one.
+            time_s, upload_bytes: As for :meth:`fits`.
+        """
+        return next((plan for plan in plans if self.fits(plan, time_s=time_s, upload_bytes=upload_bytes)), None)
+
+    def largest_batch(self, plan: Plan, at_most: int, *, time_s: float | None = None) -> Plan | None:
+        """The plan with the largest batch size, up to ``at_most``, that fits; None if none does.
+
+        A batch size that ran out of memory before, and all above it, are left out.
+        """
+        size = self.costs.largest_batch(plan, self.profile.budget_bytes, at_most)
+        while size and self.failed_before(with_batch(plan, size)):
+            size -= 1
+        sized = with_batch(plan, size) if size else None
+        return sized if sized is not None and self.fits(sized, time_s=time_s) else None
+
+
+def learn(infeasible: Mapping[str, int], plan: Plan, budget_bytes: int) -> dict[str, int]:
+    """``infeasible`` with one more entry: this plan ran out of memory on this budget, so it would on any smaller one."""
+    key = plan.cost_key()
+    return {**infeasible, key: max(budget_bytes, infeasible.get(key, 0))}

@@ -1,0 +1,63 @@
+"""A plan's peak as a function of its batch size, found from two predictions."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+__all__ = ["PeakLine"]
+
+
+@dataclass(frozen=True)
+class PeakLine:
+    """Peak bytes as a function of the batch size: the largest of a few straight lines.
+
+    At each allocation of a training step, the bytes held are those of the weights and the like, which do not depend on the
+    batch, plus those of the samples, which are proportional to it. So two predictions, at two batch sizes, give every other.
+
+    Attributes:
+        lines: (bytes, bytes per sample) of the lines that are the largest somewhere, least steep first.
+    """
+
+    lines: tuple[tuple[float, float], ...]
+
+    @classmethod
+    def through(cls, small: Sequence[int], small_batch: int, large: Sequence[int], large_batch: int) -> PeakLine | None:
+        """From the courses (see :func:`dfed.memory.predict_course`) at two batch sizes.
+
+        Returns:
+            None if the two did not make the same allocations, so that nothing follows for other sizes.
+        """
+        if len(small) != len(large) or not small:
+            return None
+        rates = [(after - before) / (large_batch - small_batch) for before, after in zip(small, large, strict=True)]
+        points = {(before - rate * small_batch, rate) for before, rate in zip(small, rates, strict=True)}
+        return cls(_upper_hull(points))
+
+    def at(self, batch_size: int) -> int:
+        """Peak bytes at this batch size."""
+        return math.ceil(max(base + rate * batch_size for base, rate in self.lines) - 1e-6)
+
+    def largest_batch(self, limit_bytes: float) -> float:
+        """The largest batch size (real, may be below 1 or infinite) whose peak is at most ``limit_bytes``."""
+        bounds = [math.inf if base <= limit_bytes else -math.inf for base, rate in self.lines if rate <= 0]
+        return min([*bounds, *((limit_bytes - base) / rate for base, rate in self.lines if rate > 0)])
+
+
+def _upper_hull(lines: set[tuple[float, float]]) -> tuple[tuple[float, float], ...]:
+    """The lines that are the largest at some batch size of at least 0, least steep first."""
+    hull: list[tuple[float, float]] = []
+    for base, rate in sorted(lines, key=lambda line: (line[1], line[0])):
+        while hull and (base >= hull[-1][0] or _hidden(hull, base, rate)):
+            hull.pop()
+        hull.append((base, rate))
+    return tuple(hull)
+
+
+def _hidden(hull: Sequence[tuple[float, float]], base: float, rate: float) -> bool:
+    """Whether the last line of the hull lies nowhere above both its neighbour and the new line."""
+    if len(hull) < 2:
+        return False
+    (first, first_rate), (middle, middle_rate) = hull[-2:]
+    return (first - base) * (middle_rate - first_rate) <= (first - middle) * (rate - first_rate)
