@@ -11,7 +11,8 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -104,13 +105,16 @@ def _plan(words: list[str], options: argparse.Namespace) -> int:
     budget = prepared.fleet.profile(0).budget_bytes if options.model else None
     strategies, ways, units, seconds = [], [], [], []
     if not options.model or names:
-        for choice in overview.choices(config, names):
+        with _naming("--strategies"):
+            choices = overview.choices(config, names)
+        for choice in choices:
             rows = overview.fleet_rows(prepared, choice)
             strategies.append((choice.name, rows, overview.participation(prepared, rows)))
     split = None if options.split in (None, "auto") else _whole("--split", options.split)
     if options.model or options.train or options.split:
-        ways = planner.ways(chain, config.client, budget, train=options.train, split=split,
-                            any_split=options.split == "auto", store=store)
+        with _naming("--train"):
+            ways = planner.ways(chain, config.client, budget, train=options.train, split=split,
+                                any_split=options.split == "auto", store=store)
     if options.units or options.measure:
         units = planner.profile_chain(chain, store)
     if options.measure:
@@ -142,6 +146,12 @@ def _config_to_plan(words: list[str], options: argparse.Namespace) -> Config:
         if options.budget is not None:
             raise ConfigError([Fault("--budget", "must go with --model; a config has its budgets in `fleet`.")])
         return load_config(files[0], overrides)
+    from dfed.fleet.settings import parse_memory
+
+    try:
+        parse_memory(options.budget)
+    except ValueError as error:
+        raise ConfigError([Fault("--budget", str(error))]) from error
     shape = [_whole("--shape", part) for part in options.shape.split(",")]
     classes = _whole("--classes", options.classes)
     data = {"dataset": "synthetic", "shape": shape, "classes": classes, "samples": max(100, classes), "test_samples": classes}
@@ -149,6 +159,17 @@ def _config_to_plan(words: list[str], options: argparse.Namespace) -> Config:
         "rounds": 1, "cohort": 1, "model": options.model, "data": data,
         "fleet": {"clients": 1, "tiers": [{"name": "device", "count": 1, "memory": options.budget}]},
     })
+
+
+@contextmanager
+def _naming(field: str) -> Iterator[None]:
+    """A name that is not known is a fault of this option."""
+    from dfed.registry import UnknownName
+
+    try:
+        yield
+    except UnknownName as error:
+        raise ConfigError([Fault(field, str(error))]) from error
 
 
 def _whole(field: str, text: str) -> int:

@@ -124,7 +124,7 @@ def _assign(costs: Mapping[int, float], ranks: Sequence[int]) -> dict[int, int]:
 def encode_order(job: Job, state: ServerState, cohort: Cohort) -> Message:
     """The round's broadcast: every rank's tasks, and each block that someone in the cohort needs, encoded once."""
     chosen = {client: plan for client, plan in cohort.plans.items() if client in cohort.ranks}
-    weights = {client: job.partition.num_samples(client) for client in chosen}
+    weights = {client: job.partition.num_samples(client) for client in cohort.plans if client not in cohort.dropped}
     tasks: dict[str, list[dict[str, Any]]] = {str(rank): [] for rank in job.transport.client_ranks}
     for client, plan in chosen.items():
         budget = job.fleet.profile(client).budget_bytes
@@ -143,7 +143,7 @@ def encode_order(job: Job, state: ServerState, cohort: Cohort) -> Message:
         "round": state.round_index,
         "tasks": tasks,
         "exchange": job.exchange,
-        "scale": weight_scale(sum(weights.values())),
+        "scale": weight_scale(sum(weights.values())),  # refused clients count, as those that fail for real do
         "ranges": {name: value_range(state.params[name]) for name in job.shapes if name in sent_up},
         "rate_factor": job.rate_factor(state.round_index),
         "up_names": [name for name in job.shapes if name in sent_up],

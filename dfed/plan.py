@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 from collections.abc import Mapping
@@ -105,12 +106,16 @@ class Plan:
         """32 hexadecimal digits that are equal for plans whose training needs the same memory: whoever the client, however
         the tensors travel, and however long it trains.
         """
-        phases = [(phase.objective, phase.batch_size) for phase in self.phases]
-        text = json.dumps([self.hold, self.train, self.options, phases], sort_keys=True)
-        return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+        options = json.dumps(self.options, sort_keys=True) if self.options else "{}"
+        return _cost_key(self.hold, self.train, options, tuple((phase.objective, phase.batch_size) for phase in self.phases))
 
     @cached_property
     def _shape_key(self) -> str:
         value = self.to_json()
         del value["client"]
         return json.dumps(value, sort_keys=True)
+
+
+@functools.lru_cache(maxsize=4096)
+def _cost_key(hold: tuple[str, ...], train: tuple[str, ...], options: str, phases: tuple[tuple[str, int], ...]) -> str:
+    return hashlib.blake2b(json.dumps([hold, train, options, phases]).encode(), digest_size=16).hexdigest()

@@ -21,10 +21,11 @@ _LARGEST = 127
 def quantise(weight: Tensor) -> tuple[Tensor, Tensor]:
     """Symmetric int8 per output channel: ``weight`` (out, …) float32 to int8 of the same shape and scales (out,) float32.
 
-    The error of an entry is at most half its channel's scale, max|w| / 127. A channel of zeros has the scale 1.
+    The error of an entry is at most half its channel's scale, max|w| / 127. A channel of zeros, or of numbers too small for
+    a scale of full precision, has the scale 1. A channel with a NaN or an infinity stands for NaNs.
     """
-    largest = weight.detach().abs().flatten(1).amax(dim=1)
-    scale = torch.where(largest > 0, largest / _LARGEST, torch.ones_like(largest))
+    scale = weight.detach().abs().flatten(1).amax(dim=1) / _LARGEST
+    scale = torch.where(scale < torch.finfo(scale.dtype).tiny, torch.ones_like(scale), scale)
     return (weight.detach() / _along(scale, weight)).round_().clamp_(-_LARGEST, _LARGEST).to(torch.int8), scale
 
 
@@ -49,7 +50,8 @@ class _Conv2d(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         weight, scale = ctx.saved_tensors
-        grad = torch.nn.grad.conv2d_input(ctx.input_shape, dequantise(weight, scale), grads[0], *ctx.geometry)
+        weight = dequantise(weight, scale).to(grads[0].dtype)
+        grad = torch.nn.grad.conv2d_input(ctx.input_shape, weight, grads[0], *ctx.geometry)
         return grad, None, None, None, None
 
 
@@ -64,7 +66,7 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         weight, scale = ctx.saved_tensors
-        return grads[0] @ dequantise(weight, scale), None, None, None
+        return grads[0] @ dequantise(weight, scale).to(grads[0].dtype), None, None, None
 
 
 class _Int8(nn.Module):
@@ -114,14 +116,16 @@ class Int8Linear(_Int8):
 
 
 def hold_int8(module: nn.Module) -> None:
-    """Replace, in place, every ``Conv2d`` and ``Linear`` inside ``module`` whose weight asks for no gradient.
+    """Replace, in place, every ``Conv2d`` and ``Linear`` inside ``module`` whose parameters ask for no gradient.
 
-    Exactly these classes: a subclass may use its weight otherwise.
+    Exactly these classes: a subclass may use its weight otherwise. A convolution whose padding is a word, or is not of zeros,
+    stays as it is.
     """
     for name, child in list(module.named_children()):
-        if type(child) is nn.Conv2d and not child.weight.requires_grad:
+        trained = any(parameter.requires_grad for parameter in child.parameters())
+        if type(child) is nn.Conv2d and not trained and child.padding_mode == "zeros" and not isinstance(child.padding, str):
             setattr(module, name, Int8Conv2d(child))
-        elif type(child) is nn.Linear and not child.weight.requires_grad:
+        elif type(child) is nn.Linear and not trained:
             setattr(module, name, Int8Linear(child))
         else:
             hold_int8(child)

@@ -12,9 +12,10 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.batchnorm import _NormBase
 from torch.utils.checkpoint import checkpoint
 
+from dfed.errors import DfedError
 from dfed.models.layers import KeyedRandom
 
 __all__ = ["recomputed"]
@@ -26,10 +27,13 @@ def recomputed(unit: nn.Module, x: Tensor) -> Tensor:
     Args:
         unit: A module that does not change ``x`` in place.
         x: (batch, …).
+
+    Raises:
+        DfedError: If the unit changes ``x`` in place, so that it cannot be computed again.
     """
     generator = next((m.generator for m in unit.modules() if isinstance(m, KeyedRandom)), None)
     state = generator.get_state() if generator is not None else None
-    runs = 0
+    runs, version = 0, x._version
 
     def run(x: Tensor) -> Tensor:
         nonlocal runs
@@ -39,26 +43,27 @@ def recomputed(unit: nn.Module, x: Tensor) -> Tensor:
         with _as_before(unit, generator, state):
             return unit(x)
 
-    return checkpoint(run, x, use_reentrant=False, preserve_rng_state=False)
+    out: Tensor = checkpoint(run, x, use_reentrant=False, preserve_rng_state=False)
+    if x._version != version:
+        raise DfedError("activation checkpointing must find the input of a unit as it was, but this unit changes it in place: "
+                        f"{unit}. Turn `client.activation_checkpointing` off, or the unit's first `inplace`.")
+    return out
 
 
 @contextmanager
 def _as_before(unit: nn.Module, generator: torch.Generator | None, state: Tensor | None) -> Iterator[None]:
     """Draw what was drawn from ``state`` on, and keep running statistics as they are."""
-    norms = [m for m in unit.modules() if isinstance(m, _BatchNorm) and m.training and m.num_batches_tracked is not None]
-    kept = [(norm, norm.momentum, norm.num_batches_tracked.clone()) for norm in norms]
+    norms = [module for module in unit.modules() if isinstance(module, _NormBase) and module.training]
+    kept = [(buffer, buffer.clone()) for norm in norms for buffer in norm.buffers(recurse=False)]
     now = generator.get_state() if generator is not None else None
     try:
-        for norm in norms:
-            norm.momentum = 0.0
         if generator is not None:
             assert state is not None
             generator.set_state(state)
         yield
     finally:
-        for norm, momentum, count in kept:
-            norm.momentum = momentum
-            norm.num_batches_tracked.copy_(count)
+        for buffer, value in kept:
+            buffer.copy_(value)
         if generator is not None:
             assert now is not None
             generator.set_state(now)

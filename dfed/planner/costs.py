@@ -63,8 +63,11 @@ class Costs:
 
     def peak_bytes(self, plan: Plan) -> int:
         """Predicted peak, in bytes, of the tensors that the plan's training holds at its full batch size."""
-        line = self._line(plan)
-        return self.peak_bytes_at(plan) if line is None else line.at(plan.phases[0].batch_size)
+        key = plan.cost_key()
+        if key not in self._peaks:
+            line = self._line(plan)
+            self._peaks[key] = self.peak_bytes_at(plan) if line is None else line.at(plan.phases[0].batch_size)
+        return self._peaks[key]
 
     def budget_bytes(self, plan: Plan) -> int:
         """The smallest budget that is sure to do: the peak, the grey zone, and what libraries take beside tensors."""
@@ -125,10 +128,7 @@ class Costs:
 
     def peak_bytes_at(self, plan: Plan) -> int:
         """As :meth:`peak_bytes`, from one prediction at this batch size: half the work where no other size is asked for."""
-        key = plan.cost_key()
-        if key not in self._peaks:
-            self._peaks[key] = self._store.get(["peak", *self._depends, key], lambda: max(self._course(plan)))
-        return self._peaks[key]
+        return self._store.get(["peak", *self._depends, plan.cost_key()], lambda: max(self._course(plan)))
 
     def _course(self, plan: Plan) -> list[int]:
         skeleton = Skeleton(self.strategy.build(plan))

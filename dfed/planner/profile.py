@@ -11,12 +11,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from dfed import rng
 from dfed.client import Skeleton
 from dfed.memory import predict_course, predict_levels
 from dfed.models import Chain, materialise
+from dfed.planner.flops import flop_counter
 from dfed.planner.store import Store, describe
 
 __all__ = ["UnitProfile", "measure_units", "profile_chain"]
@@ -101,14 +101,15 @@ def _flops(unit: nn.Module, shape: tuple[int, ...], *, needs_input_gradient: boo
     skeleton = Skeleton(alone.skeleton().requires_grad_(True))
 
     def work(x: Tensor) -> None:
-        with FlopCounterMode(display=False) as counter:
+        with flop_counter() as counter:
             out = skeleton.model(x)
             counts.append(counter.get_total_flops())
             if out.requires_grad:
                 out.sum().backward()
             counts.append(counter.get_total_flops())
 
-    predict_course(lambda: _ready(skeleton, torch.empty(_BATCH, *shape, requires_grad=needs_input_gradient)), work)
+    # A copy, which a unit may change in place, as it may not a leaf.
+    predict_course(lambda: _ready(skeleton, torch.empty(_BATCH, *shape, requires_grad=needs_input_gradient).clone()), work)
     return counts[0] / _BATCH, (counts[1] - counts[0]) / _BATCH
 
 
@@ -146,7 +147,7 @@ def _measure(chain: Chain, batch_size: int, device: torch.device, repeats: int) 
 
 
 def _one_turn(unit: nn.Module, x: Tensor, device: torch.device, *, needs_input_gradient: bool) -> tuple[float, float]:
-    x = x.detach().clone().requires_grad_(needs_input_gradient)
+    x = x.detach().requires_grad_(needs_input_gradient).clone()  # which a unit may change in place, as it may not a leaf
     start = _now(device)
     out = unit(x)
     middle = _now(device)

@@ -76,9 +76,10 @@ def split_chain(chain: Chain, settings: ClientSettings, *, num_blocks: int | Non
         store: Keeps the answer.
 
     Raises:
-        ConfigError: If the chain has fewer units before its last one than blocks are asked for.
+        ConfigError: If the chain has fewer units before its last one than blocks are asked for (a chain of one unit is one
+            block), or a block changes the shape of tokens.
     """
-    body = len(chain) - 1
+    body = _body(chain)
     if num_blocks is not None and not 1 <= num_blocks <= body:
         message = f"must be at least 1 and at most {body}, the units of '{chain.name}' before its last, but is {num_blocks}."
         raise ConfigError([Fault("num_blocks", message)])
@@ -86,6 +87,11 @@ def split_chain(chain: Chain, settings: ClientSettings, *, num_blocks: int | Non
     splitting = splitting_at(chain, cuts)
     peaks, full = stage_peaks(chain, splitting, settings, tail=tail, store=store)
     return Split(splitting, peaks, full)
+
+
+def _body(chain: Chain) -> int:
+    """How many units there are to be cut: all but the last, which goes with the one before it."""
+    return max(1, len(chain) - 1)
 
 
 def splitting_at(chain: Chain, cuts: Sequence[int]) -> Splitting:
@@ -114,13 +120,16 @@ class _Search:
 
     def __init__(self, chain: Chain, settings: ClientSettings, num_blocks: int | None, tail: bool, store: Store):
         self._chain, self._settings, self._num_blocks, self._tail, self._store = chain, settings, num_blocks, tail, store
-        self._body = len(chain) - 1
+        self._body = _body(chain)
         units = profile_chain(chain, store)
         recompute, half = settings.activation_checkpointing, settings.precision == "bf16"
         share = 0.0 if recompute else 0.5 if half else 1.0  # of the activations that are kept; a bound from below
         self._kept = [share * settings.batch_size * unit.activation_bytes for unit in units]
         self._outputs = [share * settings.batch_size * _BYTES * math.prod(unit.output_shape) for unit in units]
         self._weights = [_BYTES * unit.num_params for unit in units]
+        dims = [len(unit.output_shape) for unit in units[:self._body]]
+        # The layer behind a block holds the block's output while it makes its gradient, unless it averages over it.
+        self._meets_gradient = [stop < self._body and len({*dims[stop - 1:]}) == 1 for stop in range(self._body + 1)]
         self._slots = _SLOTS.get(settings.optimizer, 1 if settings.momentum > 0 else 0)
         self._before = self._bounds_before()
         self._found: dict[tuple[int, ...], list[tuple[tuple[float, float], float]]] = {}
@@ -174,8 +183,9 @@ class _Search:
         """No stage of these units needs less: weights, the optimiser's state, what their forward pass keeps, and the first
         gradient of the backward pass."""
         trained = sum(self._weights[start:stop])
-        gradient = self._outputs[stop - 1] if stop < self._body else 0.0
-        return sum(self._weights[:stop]) + self._slots * trained + sum(self._kept[start:stop]) + gradient
+        first = next((unit for unit in range(start, stop) if self._weights[unit]), stop)  # before it nothing is kept
+        gradient = self._outputs[stop - 1] if first < stop and self._meets_gradient[stop] else 0.0
+        return sum(self._weights[:stop]) + self._slots * trained + sum(self._kept[first:stop]) + gradient
 
     def _stage_bound(self, start: int, choice: _Choice) -> float:
         """The same for the stage whose block goes from ``start`` to the blocks chosen, with what stands in for these.
@@ -197,7 +207,8 @@ class _Search:
         for start, stop in itertools.pairwise(cuts):
             there = shapes[names[stop - 1]]
             here = shapes[names[start - 1]] if start else self._chain.input_shape
-            weights += _BYTES * here[0] * there[0] * (9 if len(here) == len(there) == 3 else 1)
+            entries = 9 if len(here) == len(there) == 3 else 6 if len(here) == 2 else 1  # for each two channels
+            weights += _BYTES * entries * (here[-1] * there[-1] if len(here) == 2 else here[0] * there[0])
             outputs += math.prod(there)
         return weights, outputs
 

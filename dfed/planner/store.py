@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import inspect
 import json
 import os
 import sys
@@ -22,7 +21,8 @@ from dfed.models import Chain
 
 __all__ = ["Store", "describe"]
 
-_LIBRARIES = ("torch.", "torchvision.", "dfed.", "builtins.")
+_LIBRARIES = {"torch", "torchvision", "dfed", *sys.stdlib_module_names}
+_OF_EVERY_MODULE = {*vars(nn.Module()), "generator", "_shapes"}
 
 
 class Store:
@@ -59,8 +59,8 @@ class Store:
         if self._folder is None:
             return None
         try:
-            return json.loads((self._folder / f"{key}.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+            return json.loads((self._folder / f"{key}.json").read_text(encoding="utf-8"))["value"]
+        except (OSError, ValueError, TypeError, KeyError):
             return None
 
     def _write(self, key: str, value: Any) -> None:
@@ -69,7 +69,7 @@ class Store:
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
             with tempfile.NamedTemporaryFile("w", dir=self._folder, suffix=".partial", delete=False, encoding="utf-8") as file:
-                json.dump(value, file)
+                json.dump({"value": value}, file)  # a file cut short is then no JSON, whatever the value
             os.replace(file.name, self._folder / f"{key}.json")
         except OSError:
             return
@@ -85,19 +85,29 @@ def _code() -> str:
 
 
 def describe(chain: Chain, *objects: object) -> list[Any]:
-    """What predictions for ``chain`` depend on: its modules and shapes, and the source of classes that are the user's own.
+    """What predictions for ``chain`` depend on: its modules, their attributes and tensors, the source of the user's classes.
 
     Args:
         objects: Others whose class counts, e.g. the strategy.
     """
-    tensors = [[name, list(tensor.shape), str(tensor.dtype)] for name, tensor in chain.state_dict().items()]
-    trained = [name for name, parameter in chain.named_parameters() if parameter.requires_grad]
-    classes = {type(thing) for thing in [*chain.modules(), *objects]}
-    sources = sorted(_source(cls) for cls in classes if not f"{cls.__module__}.".startswith(_LIBRARIES))
-    return [repr(chain), list(chain.input_shape), tensors, trained, sources]
+    named = [*chain.named_parameters(), *chain.named_buffers()]
+    tensors = [[name, list(tensor.shape), str(tensor.dtype), tensor.requires_grad] for name, tensor in named]
+    # A text of the module does not tell all, e.g. not how many heads an attention layer has.
+    attributes = [[name, _attributes(module)] for name, module in chain.named_modules()]
+    classes = {cls for thing in [*chain.modules(), *objects] for cls in type(thing).__mro__}
+    sources = sorted(_source(cls) for cls in classes if cls.__module__.partition(".")[0] not in _LIBRARIES)
+    return [repr(chain), list(chain.input_shape), tensors, attributes, sources]
 
 
-def _source(cls: type[nn.Module] | type) -> str:
+def _attributes(module: nn.Module) -> dict[str, str]:
+    own = {name: value for name, value in vars(module).items() if name not in _OF_EVERY_MODULE}
+    # The text of a function has its address in it, which is another in each process.
+    return {name: getattr(value, "__qualname__", None) or repr(value) for name, value in own.items()}
+
+
+def _source(cls: type) -> str:
     """Hash of the file that defines a class; its name where there is none."""
-    path = getattr(sys.modules.get(cls.__module__), "__file__", None) or inspect.getsourcefile(cls)
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest() if path else f"{cls.__module__}.{cls.__qualname__}"
+    try:
+        return hashlib.sha256(Path(sys.modules[cls.__module__].__file__ or "").read_bytes()).hexdigest()
+    except (AttributeError, KeyError, OSError):
+        return f"{cls.__module__}.{cls.__qualname__}"

@@ -9,6 +9,7 @@ import torch
 
 from dfed.blocks import Splitting, cut, stage, train_only
 from dfed.client import ClientSettings
+from dfed.errors import ConfigError, Fault
 from dfed.models import Chain
 from dfed.plan import Plan
 from dfed.planner.bare import chain_costs
@@ -68,6 +69,8 @@ def ways(chain: Chain, settings: ClientSettings, budget_bytes: int | None, *, tr
     if train is not None:
         first, _, last = train.partition(":")
         names = chain.unit_names[chain.index_of(first):chain.index_of(last or first) + 1]
+        if not names:
+            raise ConfigError([Fault("--train", f"must name units in the order of the chain, but is '{train}'.")])
         rows.append(_way(f"{train} trained", _training_only(chain, names), settings, budget_bytes, store))
     if split is not None or any_split:
         found = split_chain(chain, settings, num_blocks=split, store=store)

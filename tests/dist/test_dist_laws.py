@@ -13,6 +13,7 @@ PLAIN = [FEDAVG, "rounds=3"]
 OTHERS = sorted(path for path in SMOKE.glob("*.yaml") if path != FEDAVG)
 VARIANTS = {
     "per_client": [*PLAIN, "exchange=per_client"],
+    "predicted": [*PLAIN, "memory.enforce=predicted"],
     "yogi_weighted": [*PLAIN, "server.optimizer=yogi", "sampler=weighted",
                       "fleet.tiers.0.dropout=0.4", "fleet.tiers.0.availability=0.6", "fleet.tiers.1.availability=0.6"],
     "adam_cosine_validation": [*PLAIN, "client={optimizer: adam, learning_rate: 0.01, batch_size: 16, epochs: 2, "
@@ -75,11 +76,36 @@ def test_the_reference_shows_what_it_should(reference):
     assert fedavg["clients"]["completed"] > 0
     assert fedavg["clients"]["oom"] > 0
     assert fedavg["params_sha256"] == summary(reference / "per_client")["params_sha256"]
-    different = [name for name in VARIANTS if name != "per_client"]
+    different = [name for name in VARIANTS if name not in ("per_client", "predicted")]
     hashes = {summary(reference / name)["params_sha256"] for name in ("fedavg", *different)}
     assert len(hashes) > 1
     assert summary(reference / "yogi_weighted")["reasons"].keys() >= {"dropout"}
     assert summary(reference / "yogi_weighted")["clients"]["unavailable"] > 0
+
+
+def test_the_planner_and_the_kernel_agree(reference):
+    """Away from the grey zone a client fails by prediction where it fails for real, and the model is the same."""
+    hard, predicted = (summary(reference / name) for name in ("fedavg", "predicted"))
+    assert predicted["params_sha256"] == hard["params_sha256"]
+    assert predicted["clients"] == hard["clients"]
+    assert hard["reasons"] == {"oom": hard["clients"]["oom"]}
+    assert predicted["reasons"] == {"predicted": predicted["clients"]["oom"]}
+    refused = [row for row in rows(reference / "predicted") if row["kind"] == "client" and row["status"] == "oom"]
+    assert all(row["predicted_bytes"] > row["budget_bytes"] and row["rank"] is None and row["bytes_up"] == 0
+               and row["bytes_down"] > 0 for row in refused)
+    ran = [row for row in rows(reference / "fedavg") if row["kind"] == "client" and row["status"] == "completed"]
+    assert all(row["predicted_bytes"] < row["budget_bytes"] for row in ran)
+
+
+def test_no_plan_is_tried_twice_on_a_budget_that_was_too_small(reference):
+    for name in ("fedavg", "per_client", "predicted"):
+        clients = [row for row in rows(reference / name) if row["kind"] == "client"]
+        failed = {(row["budget_bytes"], row["round"]) for row in clients if row["status"] == "oom"}
+        assert failed
+        for budget, first in failed:
+            # All clients train the same plan here, so after that round nobody with this budget is asked again.
+            assert not [row for row in clients if row["budget_bytes"] == budget and row["round"] > first]
+        assert summary(reference / name)["clients"]["ineligible"] > 0
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 5])

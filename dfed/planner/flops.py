@@ -1,0 +1,27 @@
+"""Counting floating-point operations: torch's counter, with one of its formulas put right."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
+
+__all__ = ["flop_counter"]
+
+
+def flop_counter() -> FlopCounterMode:
+    """A context that counts operations (a product and a sum are two) of all that runs inside; see ``get_total_flops``."""
+    return FlopCounterMode(display=False, custom_mapping={torch.ops.aten.convolution_backward: _convolution_backward})
+
+
+def _convolution_backward(
+    grad_shape: Sequence[int], x_shape: Sequence[int], weight_shape: Sequence[int], _bias: Any, _stride: Any, _padding: Any,
+    _dilation: Any, transposed: bool, _output_padding: Any, _groups: int, wanted: Sequence[bool], **_: Any,
+) -> int:
+    """As much as the forward pass for each of the gradients of input and weight.
+
+    Torch's own formula takes the gradient of a grouped convolution's weight for that of a full one: ``groups`` times as much.
+    """
+    return conv_flop_count([*x_shape], [*weight_shape], [*grad_shape], transposed=transposed) * (wanted[0] + wanted[1])
