@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
 from dfed.client import ClientSettings, Skeleton, run_plan
 from dfed.client.forms import Forms
 from dfed.memory import CPU_BF16_OVERHEAD_BYTES, CPU_OVERHEAD_BYTES, GREY_ZONE, predict_course
 from dfed.plan import Phase, Plan
+from dfed.planner.flops import flop_counter
 from dfed.planner.line import PeakLine
 from dfed.planner.store import Store, describe
 from dfed.strategies import Strategy
@@ -154,7 +154,7 @@ class Costs:
         )
 
     def _flops_per_visit(self, plan: Plan) -> float:
-        counter, skeleton = FlopCounterMode(display=False), Skeleton(self.strategy.build(plan))
+        counter, skeleton = flop_counter(), Skeleton(self.strategy.build(plan))
 
         def work(values: dict[str, Tensor]) -> None:
             with counter:
