@@ -16,7 +16,6 @@ from dfed.data import Partition
 from dfed.fleet import Cost, Fleet, client_cost, round_time
 from dfed.plan import Plan
 from dfed.planner import ClientPlanner, Costs
-from dfed.registry import CODECS
 from dfed.server import ServerOptimizer
 from dfed.state import ServerState
 from dfed.strategies import Candidate, Strategy
@@ -132,12 +131,13 @@ def encode_order(job: Job, state: ServerState, cohort: Cohort) -> Message:
             {"plan": plan.to_json(), "weight": weights[client], "budget_bytes": budget}
         )
     forms = [job.forms.of(plan) for plan in chosen.values()]
-    held = {(entry.name, entry.codec) for form in forms for entry in form.down}
+    held: dict[str, set[str]] = {}
+    for entry in (entry for form in forms for entry in form.down):
+        held.setdefault(entry.name, set()).add(entry.codec)
     sent_up = {entry.name for form in forms for entry in form.up}
     block_of = job.strategy.problem.splitting.block_of
     entries, body_bytes = wire.layout(
-        (name, block_of(name), codec, shape) for name, shape in job.shapes.items() for codec in sorted(CODECS)
-        if (name, codec) in held
+        (name, block_of(name), codec, shape) for name, shape in job.shapes.items() for codec in sorted(held.get(name, ()))
     )
     meta = {
         "round": state.round_index,
@@ -148,7 +148,8 @@ def encode_order(job: Job, state: ServerState, cohort: Cohort) -> Message:
         "rate_factor": job.rate_factor(state.round_index),
         "up_names": [name for name in job.shapes if name in sent_up],
     }
-    return wire.encode("round", meta, entries, state.params, torch.zeros(body_bytes, dtype=torch.uint8))
+    return wire.encode("round", meta, entries, state.params, torch.zeros(body_bytes, dtype=torch.uint8),
+                       seed=job.seed)
 
 
 def client_rows(job: Job, cohort: Cohort, reports: Sequence[Mapping[str, Any]], round_index: int) -> list[dict[str, Any]]:

@@ -20,13 +20,14 @@ from pydantic import Field, PydanticUserError, ValidationError
 from dfed.checkpoint import CheckpointSettings
 from dfed.client import ClientSettings, client_conflicts
 from dfed.comm import BackendSettings
+from dfed.comm.codecs import spec_of
 from dfed.data import DATASET_GIVEN, PARTITIONER_GIVEN
 from dfed.errors import ConfigError, Fault
 from dfed.faults import faults_of, shown, unknown_setting, unusable_numbers
 from dfed.fleet import FleetSettings
 from dfed.memory import MemorySettings
 from dfed.metrics import MetricsSettings
-from dfed.registry import DATASETS, MODELS, PARTITIONERS, SAMPLERS, SERVER_OPTIMIZERS, STRATEGIES, Registry, UnknownName
+from dfed.registry import CODECS, DATASETS, MODELS, PARTITIONERS, SAMPLERS, SERVER_OPTIMIZERS, STRATEGIES, Registry, UnknownName
 from dfed.settings import Settings, settings_of
 from dfed.yaml_io import apply_override, read_yaml
 
@@ -83,6 +84,15 @@ class Choice:
         return {"name": self.name, **self.options}
 
 
+class CodecChoice(Choice):
+    """A codec with its options."""
+
+    @property
+    def spec(self) -> str:
+        """As plans and messages name it."""
+        return spec_of(self.name, self.options)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Config:
     """A complete, valid configuration."""
@@ -96,6 +106,7 @@ class Config:
     data: DataSettings
     dataset_options: Mapping[str, Any]
     partition: Choice
+    codecs: Mapping[str, CodecChoice]
     fleet: FleetSettings
     client: ClientSettings
     server: ServerSettings
@@ -120,6 +131,7 @@ class Config:
             "server": {**self.server.model_dump(), "optimizer": self.server_optimizer.to_dict()},
             "sampler": self.sampler.to_dict(),
             "exchange": self.exchange,
+            "codecs": {direction: choice.to_dict() for direction, choice in self.codecs.items()},
             "memory": self.memory.model_dump(),
             "backend": self.backend.model_dump(),
             "metrics": self.metrics.model_dump(),
@@ -164,7 +176,8 @@ _CHOICES: dict[str, tuple[Registry, tuple[str, ...], str | None]] = {
     "model": (MODELS, ("input_shape", "num_classes"), None),
     "sampler": (SAMPLERS, (), "uniform"),
 }
-_TOP_LEVEL = sorted([*_GROUPS, *_CHOICES, *_Top.model_fields, "data", "server"])
+_DIRECTIONS = ("down", "up")
+_TOP_LEVEL = sorted([*_GROUPS, *_CHOICES, *_Top.model_fields, "codecs", "data", "server"])
 
 
 def load_config(path: str | Path | None, overrides: Sequence[str] = (), base: Mapping[str, Any] | None = None) -> Config:
@@ -193,6 +206,7 @@ def _validate(raw: Mapping[str, Any], faults: list[Fault]) -> Config:
         parts[name] = _choose(raw.get(name, default), name, registry, given, faults)
     _data_parts(raw.get("data", {}), parts, faults)
     _server_parts(raw.get("server", {}), parts, faults)
+    _codec_parts(raw.get("codecs", {}), parts, faults)
     if parts["client"] is None and isinstance(raw.get("client"), Mapping) and not any(f.field == "client" for f in faults):
         faults.extend(Fault("client", conflict) for conflict in client_conflicts(raw["client"]))
     _cross_check(raw, faults)
@@ -271,6 +285,21 @@ def _server_parts(raw: Any, parts: dict[str, Any], faults: list[Fault]) -> None:
     own = {key: value for key, value in raw.items() if key != "optimizer"}
     parts["server"] = _check(ServerSettings, own, "server", faults, siblings=["optimizer"])
     parts["server_optimizer"] = _choose(raw.get("optimizer", "sgd"), "server.optimizer", SERVER_OPTIMIZERS, (), faults)
+
+
+def _codec_parts(raw: Any, parts: dict[str, Any], faults: list[Fault]) -> None:
+    parts["codecs"] = {}
+    if not isinstance(raw, Mapping):
+        faults.append(Fault("codecs", f"must be a group of settings, but is {shown(raw)}."))
+        return
+    faults.extend(Fault(f"codecs.{key}", unknown_setting(str(key), _DIRECTIONS)) for key in raw if key not in _DIRECTIONS)
+    for direction in _DIRECTIONS:
+        field = f"codecs.{direction}"
+        choice = _choose(raw.get(direction, "fp32"), field, CODECS, (), faults)
+        if choice is not None and choice.name not in CODECS:  # messages name codecs, and must not make a rank import
+            faults.append(Fault(field, f"must be one of {', '.join(CODECS)}, but is {shown(choice.name)}."))
+        elif choice is not None:
+            parts["codecs"][direction] = CodecChoice(choice.name, choice.options)
 
 
 def _cross_check(raw: Mapping[str, Any], faults: list[Fault]) -> None:

@@ -35,7 +35,8 @@ class Planning:
         make = STRATEGIES.get(choice.name)
         with calling("strategy", choice.name):
             self.strategy: Strategy = make(problem, **choice.options)
-        self.forms = Forms(self.strategy, self.splitting, self.shapes)
+        self.forms = Forms(self.strategy, self.splitting, self.shapes, down=config.codecs["down"].spec,
+                           up=config.codecs["up"].spec)
         self.costs = Costs(
             self.strategy, config.client, self.forms, device, store=_store(config.data.cache), identity=choice.to_dict(),
         )

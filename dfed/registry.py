@@ -179,8 +179,15 @@ SERVER_OPTIMIZERS = Registry("server optimiser", {
 })
 CODECS = Registry("codec", {
     "bf16": "dfed.comm.codecs:BF16",
+    "bitmask": "dfed.comm.codecs:Bitmask",
     "fp16": "dfed.comm.codecs:FP16",
     "fp32": "dfed.comm.codecs:FP32",
+    "int4": "dfed.comm.codecs:Int4",
+    "int8": "dfed.comm.codecs:Int8",
+    "int8_affine": "dfed.comm.codecs:AffineInt8",
+    "qsgd": "dfed.comm.codecs:Stochastic",
+    "random_k": "dfed.comm.codecs:RandomK",
+    "top_k": "dfed.comm.codecs:TopK",
 })
 ALL = {
     "strategies": STRATEGIES,

@@ -95,12 +95,13 @@ def take_part(job: Job, order: Message) -> tuple[PartialSums, list[dict[str, Any
     for update in updates:
         transport.send(update)
     if parts is not None:
-        _fold_updates(job, meta, parts, sums)
+        _fold_updates(job, order, parts, sums)
     return sums, parts
 
 
-def _fold_updates(job: Job, meta: Mapping[str, Any], gathered: Sequence[Mapping[str, Any]], sums: PartialSums) -> None:
+def _fold_updates(job: Job, order: Message, gathered: Sequence[Mapping[str, Any]], sums: PartialSums) -> None:
     """Take each client's own update from its rank and fold it (any order gives the same bits)."""
+    meta, sent = order.meta, wire.decode_all(order, seed=job.seed)
     plans = {task["plan"]["client"]: (Plan.from_json(task["plan"]), task["weight"])
              for tasks in meta["tasks"].values() for task in tasks}
     for rank, part in enumerate(gathered):
@@ -112,7 +113,7 @@ def _fold_updates(job: Job, meta: Mapping[str, Any], gathered: Sequence[Mapping[
             form = job.forms.of(plan)
             form.check_update(update, meta["round"], plan.client, rank)
             try:
-                sums.add(wire.decode(update), form.regions, weight * meta["scale"], meta["ranges"])
+                sums.add(form.decode_update(update, form.received(sent)), form.regions, weight * meta["scale"], meta["ranges"])
             except UpdateRejected as error:
                 report.update(status="failed", reason=error.reason, detail=str(error))
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from dfed.blocks import Splitting
 from dfed.comm import wire
 from dfed.comm.wire import Entry, Message
-from dfed.errors import WireError
+from dfed.errors import UpdateRejected, WireError
 from dfed.plan import Plan
 from dfed.region import Region
 from dfed.strategies import Strategy
@@ -37,6 +37,7 @@ class Form:
         regions: The part of each global tensor that the client holds, by name.
         down, up: Places of the tensors in the body of a payload and of an update.
         down_body_bytes, up_body_bytes: Lengths of those bodies.
+        seed: The run's, by which codecs draw.
     """
 
     regions: Mapping[str, Region]
@@ -44,6 +45,7 @@ class Form:
     up: tuple[Entry, ...]
     down_body_bytes: int
     up_body_bytes: int
+    seed: int
     _lengths: dict[tuple[str, int, int], int] = field(default_factory=dict)
 
     def down_bytes(self, round_index: int, client: int) -> dict[str, int]:
@@ -54,10 +56,29 @@ class Form:
         """Bytes of this client's update, by part."""
         return self._bytes("update", self.up, self.up_body_bytes, round_index, client)
 
-    def encode_update(self, round_index: int, client: int, tensors: Mapping[str, Tensor]) -> Message:
-        """The update of one client as a message with a body of its own."""
+    def received(self, values: Mapping[tuple[str, str], Tensor]) -> dict[str, Tensor]:
+        """The client's payload: its parts of what was broadcast, given by name and codec; float32, each of its region's shape."""
+        return {entry.name: self.regions[entry.name].view(values[entry.name, entry.codec]) for entry in self.down}
+
+    def encode_update(self, round_index: int, client: int, tensors: Mapping[str, Tensor], base: Mapping[str, Tensor]) -> Message:
+        """The update of one client as a message with a body of its own.
+
+        Args:
+            tensors: What the strategy sends up, by name.
+            base: What the client :meth:`received`: some codecs are for the change against it.
+        """
         body = torch.zeros(self.up_body_bytes, dtype=torch.uint8)
-        return wire.encode("update", _meta(round_index, client), self.up, tensors, body)
+        given = {entry.name: _to_encode(entry, tensors, base) for entry in self.up}
+        return wire.encode("update", _meta(round_index, client), self.up, given, body, seed=self.seed)
+
+    def decode_update(self, message: Message, base: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The values that the server takes from an update: what :meth:`through_codecs` gives, to the bit.
+
+        Raises:
+            WireError: If the message is malformed.
+        """
+        decoded = wire.decode(message, seed=self.seed)
+        return {entry.name: _decoded(entry, decoded[entry.name], base) for entry in self.up}
 
     def check_update(self, message: Message, round_index: int, client: int, rank: int) -> None:
         """Refuse a message that is not the update of this client in this round.
@@ -69,17 +90,25 @@ class Form:
             raise WireError(f"rank {rank} must send the update of client {client} in round {round_index}, but sent "
                             f"'{message.kind}' {dict(message.meta)} with {len(message.entries)} tensors.")
 
-    def through_codecs(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def through_codecs(
+        self, round_index: int, client: int, tensors: Mapping[str, Tensor], base: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
         """What the server would decode from the update, without the message; the tensors themselves where exact.
 
-        Tensors must be float32, as the wire has them.
+        Arguments as for :meth:`encode_update`. Tensors must be float32, as the wire has them.
         """
         wrong = {name: value.dtype for name, value in tensors.items() if value.dtype != torch.float32}
         assert not wrong, f"a strategy must upload float32, but uploads {wrong}"
-        return {
-            entry.name: tensors[entry.name] if entry.codec == DEFAULT_CODEC else _round_trip(entry, tensors[entry.name])
-            for entry in self.up
-        }
+        meta, arrives = _meta(round_index, client), {}
+        for entry in self.up:
+            if entry.codec == DEFAULT_CODEC:
+                arrives[entry.name] = tensors[entry.name]
+                continue
+            key = wire.codec_key(self.seed, "update", meta, entry.name)
+            codec, data = wire.codec_of(entry.codec), torch.empty(entry.num_bytes, dtype=torch.uint8)
+            codec.encode_into(_to_encode(entry, tensors, base), data, key)
+            arrives[entry.name] = _decoded(entry, codec.decode(data, entry.shape, key), base)
+        return arrives
 
     def _bytes(self, kind: str, entries: tuple[Entry, ...], body_bytes: int, round_index: int, client: int) -> dict[str, int]:
         values = sum(entry.num_bytes for entry in entries)
@@ -95,10 +124,20 @@ def _meta(round_index: int, client: int) -> dict[str, int]:
     return {"round": round_index, "client": client}
 
 
-def _round_trip(entry: Entry, value: Tensor) -> Tensor:
-    codec, data = wire.codec_of(entry.codec), torch.empty(entry.num_bytes, dtype=torch.uint8)
-    codec.encode_into(value, data)
-    return codec.decode(data, entry.shape)
+def _to_encode(entry: Entry, tensors: Mapping[str, Tensor], base: Mapping[str, Tensor]) -> Tensor:
+    """The value, or its change where the codec is for that.
+
+    Raises:
+        UpdateRejected: If it is not finite and the codec cannot say so.
+    """
+    value = tensors[entry.name]
+    if entry.codec != DEFAULT_CODEC and not bool(torch.isfinite(value).all()):
+        raise UpdateRejected("non_finite", f"tensor '{entry.name}' must be finite, but has entries that are not.")
+    return value - base[entry.name] if wire.codec_of(entry.codec).of_change else value
+
+
+def _decoded(entry: Entry, value: Tensor, base: Mapping[str, Tensor]) -> Tensor:
+    return value + base[entry.name] if wire.codec_of(entry.codec).of_change else value
 
 
 class Forms:
@@ -106,10 +145,13 @@ class Forms:
 
     Args:
         shapes: Of the global tensors, by name.
+        down, up: Codecs of blocks for which a plan names none.
     """
 
-    def __init__(self, strategy: Strategy, splitting: Splitting, shapes: Mapping[str, tuple[int, ...]]):
+    def __init__(self, strategy: Strategy, splitting: Splitting, shapes: Mapping[str, tuple[int, ...]], *,
+                 down: str = DEFAULT_CODEC, up: str = DEFAULT_CODEC):
         self._strategy, self._splitting, self._shapes = strategy, splitting, shapes
+        self._codecs = {"down": down, "up": up}
         self._known: dict[str, Form] = {}
 
     def of(self, plan: Plan) -> Form:
@@ -123,17 +165,23 @@ class Forms:
         held = {name: shape for name, shape in self._shapes.items() if self._splitting.block_of(name) in plan.hold}
         regions = {name: self._strategy.region(name, shape, plan) for name, shape in held.items()}
         parts = {name: regions[name].shape(shape) for name, shape in held.items()}
-        down, down_body_bytes = self._layout(parts, plan.down)
+        down, down_body_bytes = self._layout(parts, plan.down, self._codecs["down"])
         sent = {}
         for name, shape in parts.items():
             probe = self._strategy.upload(name, torch.empty(shape, device="meta"), regions[name], plan)
             if probe is not None:
                 sent[name] = tuple(probe.shape)
-        up, up_body_bytes = self._layout(sent, plan.up)
-        return Form(regions, down, up, down_body_bytes, up_body_bytes)
+        up, up_body_bytes = self._layout(sent, plan.up, self._codecs["up"])
+        return Form(regions, down, up, down_body_bytes, up_body_bytes, self._strategy.problem.seed)
 
-    def _layout(self, shapes: Mapping[str, tuple[int, ...]], codecs: Mapping[str, str]) -> tuple[tuple[Entry, ...], int]:
-        blocks = {name: self._splitting.block_of(name) for name in shapes}
-        return wire.layout(
-            (name, blocks[name], codecs.get(blocks[name], DEFAULT_CODEC), shape) for name, shape in shapes.items()
-        )
+    def _layout(
+        self, shapes: Mapping[str, tuple[int, ...]], codecs: Mapping[str, str], default: str
+    ) -> tuple[tuple[Entry, ...], int]:
+        tensors = []
+        for name, shape in shapes.items():
+            block = self._splitting.block_of(name)
+            codec = codecs.get(block, default)
+            if len(shape) < 2 and wire.codec_of(codec).for_matrices:
+                codec = DEFAULT_CODEC
+            tensors.append((name, block, codec, shape))
+        return wire.layout(tensors)

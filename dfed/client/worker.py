@@ -154,7 +154,7 @@ class Worker:
             The clients' reports as JSON values, and their encoded updates if the exchange is per client.
         """
         meta = message.meta
-        down = _Down(meta["round"], wire.decode_all(message), meta["scale"], meta["ranges"], meta["rate_factor"],
+        down = _Down(meta["round"], wire.decode_all(message, seed=self._seed), meta["scale"], meta["ranges"], meta["rate_factor"],
                      meta["exchange"] == "per_client")
         reports, updates = [], []
         for task in tasks:
@@ -172,13 +172,14 @@ class Worker:
             skeleton = self._skeletons[plan.shape_key()] = Skeleton(self._strategy.build(plan))
         start, update = time.perf_counter(), None
         try:
-            tensors = self._thread.run(partial(self._train, plan, skeleton, form, task, down, report))
+            base = form.received(down.values)
+            tensors = self._thread.run(partial(self._train, plan, skeleton, form, base, task, down, report))
             report.bytes_up = form.up_bytes(down.round_index, plan.client)
-            arrives = form.through_codecs(tensors)
+            arrives = form.through_codecs(down.round_index, plan.client, tensors, base)
             if down.per_client:
                 for name, value in arrives.items():
                     check_values(name, value, down.ranges[name])
-                update = form.encode_update(down.round_index, plan.client, tensors)
+                update = form.encode_update(down.round_index, plan.client, tensors, base)
             else:
                 sums.add(arrives, form.regions, task["weight"] * down.scale, down.ranges)
         except (RankLost, KeyboardInterrupt):
@@ -199,10 +200,9 @@ class Worker:
             self._warn(down.round_index, report, (plan.shape_key(), task["budget_bytes"]))
         return report, update
 
-    def _train(self, plan: Plan, skeleton: Skeleton, form: Form, task: Mapping[str, Any], down: _Down,
-               report: ClientReport) -> dict[str, Tensor]:
+    def _train(self, plan: Plan, skeleton: Skeleton, form: Form, values: Mapping[str, Tensor], task: Mapping[str, Any],
+               down: _Down, report: ClientReport) -> dict[str, Tensor]:
         indices = self._partition.indices(plan.client)
-        values = {e.name: form.regions[e.name].view(down.values[e.name, e.codec]) for e in form.down}
         generator = _device_generator(self._device, self._seed, "layers", down.round_index, plan.client)
 
         turns = itertools.count()  # two equal phases see the data in different orders

@@ -15,14 +15,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dfed.comm.codecs import Codec
+from dfed import rng
+from dfed.comm.codecs import codec_of
 from dfed.errors import WireError
-from dfed.registry import CODECS
 
 __all__ = [
     "ALIGNMENT",
     "Entry",
     "Message",
+    "codec_key",
     "codec_of",
     "decode",
     "decode_all",
@@ -80,23 +81,6 @@ class Message:
         }
 
 
-_codecs: dict[str, Codec] = {}
-
-
-def codec_of(name: str) -> Codec:
-    """The codec of that name (codecs hold no state, so one of each is enough).
-
-    Raises:
-        WireError: If there is none.
-    """
-    if name not in _codecs:
-        # Only names of the table: a header must not make a rank import what it likes.
-        if name not in CODECS:
-            raise WireError(f"a codec must be one of {', '.join(CODECS)}, but is {name!r:.40}.")
-        _codecs[name] = CODECS.get(name)()
-    return _codecs[name]
-
-
 def layout(tensors: Iterable[tuple[str, str, str, tuple[int, ...]]]) -> tuple[tuple[Entry, ...], int]:
     """Places in one body for tensors given as (name, block, codec, shape). Returns the entries and the body's length."""
     entries, offset = [], 0
@@ -108,35 +92,46 @@ def layout(tensors: Iterable[tuple[str, str, str, tuple[int, ...]]]) -> tuple[tu
 
 
 def encode(
-    kind: str, meta: Mapping[str, Any], entries: Iterable[Entry], tensors: Mapping[str, Tensor], body: Tensor
+    kind: str, meta: Mapping[str, Any], entries: Iterable[Entry], tensors: Mapping[str, Tensor], body: Tensor, *, seed: int = 0
 ) -> Message:
-    """Encode ``tensors`` into ``body`` (uint8, as long as :func:`layout` said), which the message then refers to."""
+    """Encode ``tensors`` into ``body`` (uint8, as long as :func:`layout` said), which the message then refers to.
+
+    Args:
+        seed: The run's; codecs that draw do so by it, the round, the client and the tensor's name.
+    """
     entries = tuple(entries)
     for entry in entries:
-        codec_of(entry.codec).encode_into(tensors[entry.name], body[entry.offset:entry.offset + entry.num_bytes])
+        codec_of(entry.codec).encode_into(tensors[entry.name], _part(body, entry), codec_key(seed, kind, meta, entry.name))
     return Message(kind, meta, entries, body)
 
 
-def decode(message: Message) -> dict[str, Tensor]:
+def codec_key(seed: int, kind: str, meta: Mapping[str, Any], name: str) -> int:
+    """What a codec draws by, for one tensor of one message; the same on both sides, and another for each message."""
+    return rng.key(seed, "codec", kind, meta.get("round", -1), meta.get("client", -1), name)
+
+
+def decode(message: Message, *, seed: int = 0) -> dict[str, Tensor]:
     """The message's tensors by name, float32, where each is there in one codec; they may share memory with the body.
 
     Raises:
         WireError: If an entry does not fit its codec or the body, or a tensor is there in two codecs.
     """
-    values = decode_all(message)
+    values = decode_all(message, seed=seed)
     if len({name for name, _ in values}) != len(values):
         raise WireError(f"message '{message.kind}' must hold each tensor once, but holds one in several codecs.")
     return {name: value for (name, _), value in values.items()}
 
 
-def decode_all(message: Message) -> dict[tuple[str, str], Tensor]:
+def decode_all(message: Message, *, seed: int = 0) -> dict[tuple[str, str], Tensor]:
     """The message's tensors by name and codec, float32; they may share memory with the body.
 
     Raises:
         WireError: If an entry does not fit its codec or the body.
     """
     return {
-        (entry.name, entry.codec): codec_of(entry.codec).decode(_part(message.body, entry), entry.shape)
+        (entry.name, entry.codec): codec_of(entry.codec).decode(
+            _part(message.body, entry), entry.shape, codec_key(seed, message.kind, message.meta, entry.name)
+        )
         for entry in message.entries
     }
 
