@@ -8,27 +8,26 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import inspect
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, PydanticUserError, ValidationError
+from pydantic import Field
 
 from dfed.checkpoint import CheckpointSettings
+from dfed.choices import Choice, CodecChoice, check, choose, options_of
 from dfed.client import ClientSettings, client_conflicts
 from dfed.comm import BackendSettings
-from dfed.comm.codecs import spec_of
 from dfed.data import DATASET_GIVEN, PARTITIONER_GIVEN
 from dfed.errors import ConfigError, Fault
-from dfed.faults import faults_of, shown, unknown_setting, unusable_numbers
+from dfed.faults import shown, unknown_setting, unusable_numbers
 from dfed.fleet import FleetSettings
 from dfed.memory import MemorySettings
 from dfed.metrics import MetricsSettings
-from dfed.registry import CODECS, DATASETS, MODELS, PARTITIONERS, SAMPLERS, SERVER_OPTIMIZERS, STRATEGIES, Registry, UnknownName
-from dfed.settings import Settings, settings_of
+from dfed.registry import CODECS, DATASETS, MODELS, PARTITIONERS, SAMPLERS, SERVER_OPTIMIZERS, STRATEGIES, Registry
+from dfed.settings import Settings
 from dfed.yaml_io import apply_override, read_yaml
 
 __all__ = ["Choice", "Config", "DataSettings", "ServerSettings", "load_config"]
@@ -70,27 +69,6 @@ class _Top(Settings):
     cohort: Annotated[int, Field(ge=1)]
     seed: Annotated[int, Field(ge=0)] = 0
     exchange: Literal["fused", "per_client"] = "fused"
-
-
-@dataclass(frozen=True)
-class Choice:
-    """Something selected by name, with its options: complete, defaults filled in."""
-
-    name: str
-    options: Mapping[str, Any]
-
-    def to_dict(self) -> dict[str, Any]:
-        """As a config writes it."""
-        return {"name": self.name, **self.options}
-
-
-class CodecChoice(Choice):
-    """A codec with its options."""
-
-    @property
-    def spec(self) -> str:
-        """As plans and messages name it."""
-        return spec_of(self.name, self.options)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -198,12 +176,12 @@ def _validate(raw: Mapping[str, Any], faults: list[Fault]) -> Config:
         if key not in _TOP_LEVEL:
             faults.append(Fault(str(key), unknown_setting(str(key), _TOP_LEVEL)))
     parts: dict[str, Any] = {}
-    top = _check(_Top, {key: raw[key] for key in _Top.model_fields if key in raw}, "", faults)
+    top = check(_Top, {key: raw[key] for key in _Top.model_fields if key in raw}, "", faults)
     for name, model in _GROUPS.items():
         value = {"name": raw[name]} if name == "backend" and isinstance(raw.get(name), str) else raw.get(name, {})
-        parts[name] = _check(model, value, name, faults)
+        parts[name] = check(model, value, name, faults)
     for name, (registry, given, default) in _CHOICES.items():
-        parts[name] = _choose(raw.get(name, default), name, registry, given, faults)
+        parts[name] = choose(raw.get(name, default), name, registry, given, faults)
     _data_parts(raw.get("data", {}), parts, faults)
     _server_parts(raw.get("server", {}), parts, faults)
     _codec_parts(raw.get("codecs", {}), parts, faults)
@@ -217,50 +195,6 @@ def _validate(raw: Mapping[str, Any], faults: list[Fault]) -> Config:
     return Config(seed=top.seed, rounds=top.rounds, cohort=top.cohort, exchange=top.exchange, **parts)
 
 
-def _check(model: type[Settings], value: Any, prefix: str, faults: list[Fault], siblings: Sequence[str] = ()) -> Any:
-    """The validated settings, or None with the faults noted."""
-    if not isinstance(value, Mapping):
-        faults.append(Fault(prefix, f"must be a group of settings, but is {shown(value)}."))
-        return None
-    try:
-        return model.model_validate(value)
-    except ValidationError as error:
-        faults.extend(faults_of(error, prefix, model, siblings))
-        return None
-
-
-def _choose(value: Any, field: str, registry: Registry, given: Sequence[str], faults: list[Fault]) -> Choice | None:
-    """``name`` or ``{name: …, option: …}`` as a complete choice."""
-    if value is None:
-        faults.append(Fault(field, f"must be one of {', '.join(registry)}, but is not given."))
-        return None
-    value = {"name": value} if isinstance(value, str) else value
-    if not isinstance(value, Mapping) or not isinstance(value.get("name"), str):
-        faults.append(Fault(field, f"must be a name, or a group of settings with a `name`, but is {shown(value)}."))
-        return None
-    options = {key: option for key, option in value.items() if key != "name"}
-    chosen = _options(value["name"], f"{field}.name" if len(value) > 1 else field, registry, given, options, field, faults)
-    return None if chosen is None else Choice(value["name"], chosen)
-
-
-def _options(name: str, name_field: str, registry: Registry, given: Sequence[str], options: Mapping[str, Any], prefix: str,
-             faults: list[Fault], siblings: Sequence[str] = ()) -> dict[str, Any] | None:
-    try:
-        function: Callable[..., Any] = registry.get(name)
-    except UnknownName as error:
-        faults.append(Fault(name_field, str(error)))
-        return None
-    try:
-        inspect.signature(function).bind_partial(**dict.fromkeys(given))
-        model = settings_of(function, given)
-    except (TypeError, ValueError, NameError, PydanticUserError) as error:
-        why = str(error).partition("\n")[0].rstrip(".")
-        faults.append(Fault(name_field, f"must name a {registry.kind} that can be used, but is '{name}', which cannot: {why}."))
-        return None
-    checked = _check(model, options, prefix, faults, siblings)
-    return None if checked is None else checked.model_dump()
-
-
 def _data_parts(raw: Any, parts: dict[str, Any], faults: list[Fault]) -> None:
     parts["data"] = parts["dataset_options"] = parts["partition"] = None
     if not isinstance(raw, Mapping):
@@ -268,12 +202,12 @@ def _data_parts(raw: Any, parts: dict[str, Any], faults: list[Fault]) -> None:
         return
     own = {key: value for key, value in raw.items() if key in DataSettings.model_fields}
     options = {key: value for key, value in raw.items() if key not in own and key != "partition"}
-    parts["data"] = _check(DataSettings, own, "data", faults)
-    parts["partition"] = _choose(raw.get("partition", "iid"), "data.partition", PARTITIONERS, PARTITIONER_GIVEN, faults)
+    parts["data"] = check(DataSettings, own, "data", faults)
+    parts["partition"] = choose(raw.get("partition", "iid"), "data.partition", PARTITIONERS, PARTITIONER_GIVEN, faults)
     if not isinstance(own.get("dataset"), str):
         return
     # To a user, the data set's options and the section's own stand in one list.
-    parts["dataset_options"] = _options(own["dataset"], "data.dataset", DATASETS, DATASET_GIVEN, options, "data", faults,
+    parts["dataset_options"] = options_of(own["dataset"], "data.dataset", DATASETS, DATASET_GIVEN, options, "data", faults,
                                         siblings=sorted([*DataSettings.model_fields, "partition"]))
 
 
@@ -283,8 +217,8 @@ def _server_parts(raw: Any, parts: dict[str, Any], faults: list[Fault]) -> None:
         faults.append(Fault("server", f"must be a group of settings, but is {shown(raw)}."))
         return
     own = {key: value for key, value in raw.items() if key != "optimizer"}
-    parts["server"] = _check(ServerSettings, own, "server", faults, siblings=["optimizer"])
-    parts["server_optimizer"] = _choose(raw.get("optimizer", "sgd"), "server.optimizer", SERVER_OPTIMIZERS, (), faults)
+    parts["server"] = check(ServerSettings, own, "server", faults, siblings=["optimizer"])
+    parts["server_optimizer"] = choose(raw.get("optimizer", "sgd"), "server.optimizer", SERVER_OPTIMIZERS, (), faults)
 
 
 def _codec_parts(raw: Any, parts: dict[str, Any], faults: list[Fault]) -> None:
@@ -295,7 +229,7 @@ def _codec_parts(raw: Any, parts: dict[str, Any], faults: list[Fault]) -> None:
     faults.extend(Fault(f"codecs.{key}", unknown_setting(str(key), _DIRECTIONS)) for key in raw if key not in _DIRECTIONS)
     for direction in _DIRECTIONS:
         field = f"codecs.{direction}"
-        choice = _choose(raw.get(direction, "fp32"), field, CODECS, (), faults)
+        choice = choose(raw.get(direction, "fp32"), field, CODECS, (), faults)
         if choice is not None and choice.name not in CODECS:  # messages name codecs, and must not make a rank import
             faults.append(Fault(field, f"must be one of {', '.join(CODECS)}, but is {shown(choice.name)}."))
         elif choice is not None:

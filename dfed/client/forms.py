@@ -57,10 +57,12 @@ class Form:
         return self._bytes("update", self.up, self.up_body_bytes, round_index, client)
 
     def received(self, values: Mapping[tuple[str, str], Tensor]) -> dict[str, Tensor]:
-        """The client's payload: its parts of what was broadcast, given by name and codec; float32, each of its region's shape."""
+        """The client's payload: its parts of what was broadcast, which is given by name and codec; float32."""
         return {entry.name: self.regions[entry.name].view(values[entry.name, entry.codec]) for entry in self.down}
 
-    def encode_update(self, round_index: int, client: int, tensors: Mapping[str, Tensor], base: Mapping[str, Tensor]) -> Message:
+    def encode_update(
+        self, round_index: int, client: int, tensors: Mapping[str, Tensor], base: Mapping[str, Tensor]
+    ) -> Message:
         """The update of one client as a message with a body of its own.
 
         Args:
@@ -104,7 +106,7 @@ class Form:
             if entry.codec == DEFAULT_CODEC:
                 arrives[entry.name] = tensors[entry.name]
                 continue
-            key = wire.codec_key(self.seed, "update", meta, entry.name)
+            key = wire.codec_key(entry, self.seed, "update", meta)
             codec, data = wire.codec_of(entry.codec), torch.empty(entry.num_bytes, dtype=torch.uint8)
             codec.encode_into(_to_encode(entry, tensors, base), data, key)
             arrives[entry.name] = _decoded(entry, codec.decode(data, entry.shape, key), base)

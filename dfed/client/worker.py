@@ -154,7 +154,8 @@ class Worker:
             The clients' reports as JSON values, and their encoded updates if the exchange is per client.
         """
         meta = message.meta
-        down = _Down(meta["round"], wire.decode_all(message, seed=self._seed), meta["scale"], meta["ranges"], meta["rate_factor"],
+        values = wire.decode_all(message, seed=self._seed)
+        down = _Down(meta["round"], values, meta["scale"], meta["ranges"], meta["rate_factor"],
                      meta["exchange"] == "per_client")
         reports, updates = [], []
         for task in tasks:

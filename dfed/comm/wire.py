@@ -101,13 +101,15 @@ def encode(
     """
     entries = tuple(entries)
     for entry in entries:
-        codec_of(entry.codec).encode_into(tensors[entry.name], _part(body, entry), codec_key(seed, kind, meta, entry.name))
+        codec_of(entry.codec).encode_into(tensors[entry.name], _part(body, entry), codec_key(entry, seed, kind, meta))
     return Message(kind, meta, entries, body)
 
 
-def codec_key(seed: int, kind: str, meta: Mapping[str, Any], name: str) -> int:
+def codec_key(entry: Entry, seed: int, kind: str, meta: Mapping[str, Any]) -> int:
     """What a codec draws by, for one tensor of one message; the same on both sides, and another for each message."""
-    return rng.key(seed, "codec", kind, meta.get("round", -1), meta.get("client", -1), name)
+    if not codec_of(entry.codec).is_keyed:
+        return 0
+    return rng.key(seed, "codec", kind, str(meta.get("round")), str(meta.get("client")), entry.name)
 
 
 def decode(message: Message, *, seed: int = 0) -> dict[str, Tensor]:
@@ -130,7 +132,7 @@ def decode_all(message: Message, *, seed: int = 0) -> dict[tuple[str, str], Tens
     """
     return {
         (entry.name, entry.codec): codec_of(entry.codec).decode(
-            _part(message.body, entry), entry.shape, codec_key(seed, message.kind, message.meta, entry.name)
+            _part(message.body, entry), entry.shape, codec_key(entry, seed, message.kind, message.meta)
         )
         for entry in message.entries
     }

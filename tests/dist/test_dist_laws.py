@@ -14,6 +14,8 @@ OTHERS = sorted(path for path in SMOKE.glob("*.yaml") if path != FEDAVG)
 VARIANTS = {
     "per_client": [*PLAIN, "exchange=per_client"],
     "predicted": [*PLAIN, "memory.enforce=predicted"],
+    "coded": [*PLAIN, "codecs.up={name: qsgd, bits: 4}", "codecs.down=int8"],
+    "coded_per_client": [*PLAIN, "codecs.up={name: qsgd, bits: 4}", "codecs.down=int8", "exchange=per_client"],
     "yogi_weighted": [*PLAIN, "server.optimizer=yogi", "sampler=weighted",
                       "fleet.tiers.0.dropout=0.4", "fleet.tiers.0.availability=0.6", "fleet.tiers.1.availability=0.6"],
     "adam_cosine_validation": [*PLAIN, "client={optimizer: adam, learning_rate: 0.01, batch_size: 16, epochs: 2, "
@@ -127,6 +129,16 @@ def test_the_command_line_gives_the_same_bits(reference, tmp_path, fedavg_on_thr
 @pytest.mark.parametrize("name", VARIANTS)
 def test_three_ranks_give_the_same_bits(reference, three_ranks, name):
     assert_same(three_ranks / name, reference / name)
+
+
+def test_codecs_give_the_same_bits_fused_or_per_client(reference):
+    fused, per_client = (summary(reference / name) for name in ("coded", "coded_per_client"))
+    assert fused["params_sha256"] == per_client["params_sha256"] != summary(reference / "fedavg")["params_sha256"]
+    assert fused["bytes"]["up"] == per_client["bytes"]["up"]
+    plain = summary(reference / "fedavg")["bytes"]
+    # Half a byte an entry up and one down, of four; steps, biases and headers on top.
+    assert 0.125 < fused["bytes"]["up"] / plain["up"] < 0.16
+    assert 0.25 < fused["bytes"]["down"] / plain["down"] < 0.28
 
 
 def test_the_seed_decides(reference):

@@ -17,12 +17,16 @@ class Codec(ABC):
     """Turns float32 tensors into flat uint8 tensors and back. Has no state: the same arguments give the same bytes.
 
     Attributes:
+        name: The text that names it and its options; see :func:`dfed.comm.codecs.codec_of`.
+        is_keyed: Whether it draws by a key, which both sides must know.
         of_change: Whether, on the way up, the codec is for what training changed, and the receiver adds it to what it had sent
             down; else for the value itself.
         for_matrices: Whether tensors of one dimension or none (biases, parameters and statistics of norms), which weigh next to
             nothing, are better sent as fp32.
     """
 
+    name = "codec"
+    is_keyed = False
     of_change = False
     for_matrices = False
 
@@ -58,4 +62,4 @@ class Codec(ABC):
     def _check(self, data: Tensor, shape: Sequence[int]) -> None:
         expected = self.num_bytes(shape)
         if data.dtype != torch.uint8 or data.ndim != 1 or data.numel() != expected:
-            raise WireError(f"{type(self).__name__} data of shape {tuple(shape)} must be {expected} bytes, but are {data.numel()}.")
+            raise WireError(f"{self.name} data of shape {tuple(shape)} must be {expected} bytes, but are {data.numel()}.")

@@ -82,7 +82,9 @@ class _Rounded(Codec):
         if self.bits == 4:
             _pack_nibbles(codes.add_(8).view(torch.uint8), out[4 * rows:])
 
-    def _encode_rows(self, matrix: Tensor, codes: Tensor, steps: Tensor, scratch: Tensor, generator: torch.Generator | None) -> None:
+    def _encode_rows(
+        self, matrix: Tensor, codes: Tensor, steps: Tensor, scratch: Tensor, generator: torch.Generator | None
+    ) -> None:
         for rows in _groups(*matrix.shape):
             group = matrix[rows]
             largest = [torch.abs(group[:, columns], out=_like(group[:, columns], scratch)).amax(dim=1)
@@ -160,6 +162,8 @@ class Stochastic(_Rounded):
         bits: 8 or 4 an entry: steps of max|x| / 127 or / 7.
         bucket: Entries that share a scale.
     """
+
+    is_keyed = True
 
     def __init__(self, *, bits: Literal[4, 8] = 8, bucket: Annotated[int, Field(ge=16, le=1 << 20)] = 512):
         self.bits, self.levels, self._bucket = bits, 2 ** (bits - 1) - 1, bucket

@@ -68,13 +68,18 @@ class _Chosen(Codec):
         total = math.prod(shape)
         kept = self.count(total)
         split = self._values.num_bytes((kept,))
-        chosen = torch.from_numpy(places.decode(data[split:].numpy(), total, kept)) if self.has_places else self._drawn(total, key)
+        if self.has_places:
+            chosen = torch.from_numpy(places.decode(data[split:].numpy(), total, kept))
+        else:
+            chosen = self._drawn(total, key)
         result = torch.zeros(total, dtype=torch.float32)
         result[chosen] = self._values.decode(data[:split].clone(), (kept,), key)
         return result.view(tuple(shape))
 
     def max_error(self, value: Tensor) -> float:
-        return float(value.abs().max()) if value.numel() else 0.0  # of an entry that is not sent
+        if value.numel() == 0:
+            return 0.0
+        return max(float(value.abs().max()), self._values.max_error(value))  # of an entry that is not sent, or is
 
     @abstractmethod
     def _choose(self, flat: Tensor, key: int) -> Tensor:
@@ -138,7 +143,7 @@ class RandomK(_Chosen):
         unbiased: Whether what is sent is divided by the density, so that the mean over keys is the value.
     """
 
-    of_change = for_matrices = True
+    of_change = for_matrices = is_keyed = True
     has_places = False
 
     def __init__(self, *, density: Density = 0.01, values: Values = "fp32", unbiased: bool = False):
@@ -159,7 +164,7 @@ class RandomK(_Chosen):
 
 
 class Bitmask(Codec):
-    """The entries of a sparse tensor that are not zero, by default up to 50 %, and a bit for each entry that says which they are.
+    """The entries of a sparse tensor that are not zero, by default up to 50 %, and a bit for each entry to say which.
 
     Exact up to the values' codec. Where fewer are not zero, some zeros travel as values.
 
@@ -186,8 +191,8 @@ class Bitmask(Codec):
         kept, mask = self._count(flat.size), flat != 0
         missing = kept - int(np.count_nonzero(mask))
         if missing < 0:
-            raise WireError(f"a tensor of density {self._density:g} must have at most {kept} entries that are not zero, but has "
-                            f"{kept - missing} of {flat.size}.")
+            raise WireError(f"a tensor of density {self._density:g} must have at most {kept} entries that are not zero, but "
+                            f"has {kept - missing} of {flat.size}.")
         if missing:
             mask[np.flatnonzero(~mask)[:missing]] = True
         split = self._values.num_bytes((kept,))

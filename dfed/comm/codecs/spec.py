@@ -43,7 +43,8 @@ def _make(spec: str) -> Codec:
     match = _SPEC.fullmatch(spec)
     # Only names of the table: a header must not make a rank import what it likes.
     if match is None or match.group(1) not in CODECS:
-        raise WireError(f"a codec must be one of {', '.join(CODECS)}, with options as in top_k(density=0.01), but is {spec!r:.60}.")
+        raise WireError(f"a codec must be one of {', '.join(CODECS)}, with options as in top_k(density=0.01), but is "
+                        f"{spec!r:.60}.")
     made = CODECS.get(match.group(1))
     options: dict[str, Any] = {}
     for part in (match.group(2) or "").split(","):
@@ -51,7 +52,9 @@ def _make(spec: str) -> Codec:
         if part:
             options[key] = _value(text)
     try:
-        return made(**settings_of(made)(**options).model_dump())
+        codec: Codec = made(**settings_of(made)(**options).model_dump())
+        codec.name = spec
+        return codec
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))

@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 from client_problem import CNN, Small
@@ -5,8 +7,9 @@ from client_problem import CNN, Small
 from dfed.client import Forms
 from dfed.client.forms import PREFIX_BYTES
 from dfed.comm import Message, wire
-from dfed.errors import WireError
+from dfed.errors import UpdateRejected, WireError
 from dfed.region import WHOLE, Slices
+from dfed.rng import torch_generator
 from dfed.strategies import Strategy
 
 
@@ -44,7 +47,9 @@ def test_metered_bytes_are_those_of_the_encoded_messages(kind):
         down = wire.encode("payload", {"round": round_index, "client": client}, form.down, payload,
                            torch.zeros(form.down_body_bytes, dtype=torch.uint8))
         sent = {entry.name: payload[entry.name] for entry in form.up}
-        up = form.encode_update(round_index, client, sent)
+        base = form.received({(entry.name, entry.codec): whole[entry.name] for entry in form.down})
+        assert all(torch.equal(value, payload[name]) for name, value in base.items())
+        up = form.encode_update(round_index, client, sent, base)
         for message, metered in ((down, form.down_bytes(round_index, client)), (up, form.up_bytes(round_index, client))):
             length = PREFIX_BYTES + wire.encode_header(message.header()).numel() + message.body.numel()
             assert sum(metered.values()) == length
@@ -52,7 +57,7 @@ def test_metered_bytes_are_those_of_the_encoded_messages(kind):
             assert set(metered) == {"header", "values"}
         # What arrives after the codecs is what the server would decode.
         form.check_update(up, round_index, client, rank=1)
-        decoded, through = wire.decode(up), form.through_codecs(sent)
+        decoded, through = form.decode_update(up, base), form.through_codecs(round_index, client, sent, base)
         assert decoded.keys() == through.keys() == sent.keys()
         for name, value in decoded.items():
             assert torch.equal(value, through[name])
@@ -69,7 +74,7 @@ def test_prefix_is_three_integers():
 def test_exact_codecs_hand_back_the_tensors_themselves():
     small = Small()
     form = small.forms.of(small.plan(up={"head": "fp16"}))
-    through = form.through_codecs(small.values)
+    through = form.through_codecs(0, 0, small.values, small.values)
     for name, value in small.values.items():
         assert (through[name] is value) == (small.splitting.block_of(name) != "head")
 
@@ -87,13 +92,13 @@ def test_a_form_is_made_once_per_shape_of_plan():
 def test_an_update_of_someone_else_is_refused():
     small = Small()
     form = small.forms.of(small.plan())
-    good = form.encode_update(3, 1, small.values)
+    good = form.encode_update(3, 1, small.values, small.values)
     form.check_update(good, 3, 1, rank=2)
     other = small.forms.of(small.plan(train=("head",)))
     wrong = [
-        form.encode_update(2, 1, small.values),
-        form.encode_update(3, 2, small.values),
-        other.encode_update(3, 1, small.values),
+        form.encode_update(2, 1, small.values, small.values),
+        form.encode_update(3, 2, small.values, small.values),
+        other.encode_update(3, 1, small.values, small.values),
         Message("payload", good.meta, good.entries, good.body),
         Message("update", {**good.meta, "more": 1}, good.entries, good.body),
         Message("update", {}, good.entries, good.body),
@@ -102,3 +107,38 @@ def test_an_update_of_someone_else_is_refused():
     for message in wrong:
         with pytest.raises(WireError, match="rank 2 must send the update of client 1 in round 3, but sent"):
             form.check_update(message, 3, 1, rank=2)
+
+
+LOSSY = ["int8", "int4", "int8_affine", "qsgd(bits=4)", "top_k(density=0.1,values=int8)",
+         "random_k(density=0.25,unbiased=true)", "bf16", "bitmask(density=1.0)"]
+
+
+@pytest.mark.parametrize("codec", LOSSY)
+def test_what_arrives_through_a_lossy_codec_is_what_the_server_decodes(codec):
+    small = Small()
+    forms = Forms(small.strategy, small.splitting, small.shapes, down="int8", up=codec)
+    form = forms.of(small.plan())
+    generator = torch_generator(1, "change")
+    received = {name: value + 0.01 for name, value in small.values.items()}
+    trained = {name: value + 0.1 * torch.randn(value.shape, generator=generator) for name, value in received.items()}
+    message = form.encode_update(3, 1, trained, received)
+    decoded, through = form.decode_update(message, received), form.through_codecs(3, 1, trained, received)
+    made = wire.codec_of(codec)
+    for entry in form.up:
+        assert entry.codec == ("fp32" if len(entry.shape) < 2 and made.for_matrices else codec)
+        assert torch.equal(decoded[entry.name], through[entry.name])
+        if entry.codec == "fp32":
+            assert torch.equal(decoded[entry.name], trained[entry.name])
+            continue
+        sent = trained[entry.name] - received[entry.name] if made.of_change else trained[entry.name]
+        error = (decoded[entry.name] - trained[entry.name]).abs().max().item()
+        assert error <= made.max_error(sent) + 1e-6  # adding what was received rounds in float32
+        assert not torch.equal(decoded[entry.name], received[entry.name])
+    assert form.up_bytes(3, 1)["values"] == sum(entry.num_bytes for entry in message.entries)
+    if codec.startswith(("qsgd", "random_k")):  # what is drawn is drawn anew for each client and round
+        others = [form.through_codecs(*where, trained, received) for where in ((4, 1), (3, 2))]
+        assert not any(torch.equal(other["hidden.fc.weight"], through["hidden.fc.weight"]) for other in others)
+    for bad in (math.nan, math.inf):
+        broken = {**trained, "hidden.fc.weight": trained["hidden.fc.weight"].clone().fill_(bad)}
+        with pytest.raises(UpdateRejected, match=r"hidden\.fc\.weight"):
+            form.through_codecs(3, 1, broken, received)

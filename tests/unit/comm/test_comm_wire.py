@@ -110,7 +110,7 @@ def with_entry(**changes):
     ({"kind": "k", "meta": {}, "entries": [ENTRY[:5]], "body_bytes": 64}, "must have 6 fields"),
     ({"kind": "k", "meta": {}, "entries": [ENTRY, ENTRY], "body_bytes": 64}, "names one twice"),
     (with_entry(name=1), "first three text"),
-    (with_entry(codec="pickle"), "a codec must be one of bf16, fp16, fp32, but is 'pickle'"),
+    (with_entry(codec="pickle"), "a codec must be one of bf16, .*, but is 'pickle'"),
     (with_entry(codec="os:system"), "a codec must be one of"),
     (with_entry(shape=2), "whole numbers"),
     (with_entry(shape=None), "whole numbers"),

@@ -1,0 +1,84 @@
+"""What a config selects by name, with its options, and how both are checked."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic import PydanticUserError, ValidationError
+
+from dfed.comm.codecs import spec_of
+from dfed.errors import Fault
+from dfed.faults import faults_of, shown
+from dfed.registry import Registry, UnknownName
+from dfed.settings import Settings, settings_of
+
+__all__ = ["Choice", "CodecChoice", "check", "choose", "options_of"]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Something selected by name, with its options: complete, defaults filled in."""
+
+    name: str
+    options: Mapping[str, Any]
+
+    def to_dict(self) -> dict[str, Any]:
+        """As a config writes it."""
+        return {"name": self.name, **self.options}
+
+
+class CodecChoice(Choice):
+    """A codec with its options."""
+
+    @property
+    def spec(self) -> str:
+        """As plans and messages name it."""
+        return spec_of(self.name, self.options)
+
+
+def check(model: type[Settings], value: Any, prefix: str, faults: list[Fault], siblings: Sequence[str] = ()) -> Any:
+    """The validated settings, or None with the faults noted."""
+    if not isinstance(value, Mapping):
+        faults.append(Fault(prefix, f"must be a group of settings, but is {shown(value)}."))
+        return None
+    try:
+        return model.model_validate(value)
+    except ValidationError as error:
+        faults.extend(faults_of(error, prefix, model, siblings))
+        return None
+
+
+def choose(value: Any, field: str, registry: Registry, given: Sequence[str], faults: list[Fault]) -> Choice | None:
+    """``name`` or ``{name: …, option: …}`` as a complete choice."""
+    if value is None:
+        faults.append(Fault(field, f"must be one of {', '.join(registry)}, but is not given."))
+        return None
+    value = {"name": value} if isinstance(value, str) else value
+    if not isinstance(value, Mapping) or not isinstance(value.get("name"), str):
+        faults.append(Fault(field, f"must be a name, or a group of settings with a `name`, but is {shown(value)}."))
+        return None
+    options = {key: option for key, option in value.items() if key != "name"}
+    chosen = options_of(value["name"], f"{field}.name" if len(value) > 1 else field, registry, given, options, field, faults)
+    return None if chosen is None else Choice(value["name"], chosen)
+
+
+def options_of(name: str, name_field: str, registry: Registry, given: Sequence[str], options: Mapping[str, Any], prefix: str,
+               faults: list[Fault], siblings: Sequence[str] = ()) -> dict[str, Any] | None:
+    """All options of what ``registry`` calls ``name``, defaults filled in; None with the faults noted."""
+    try:
+        function: Callable[..., Any] = registry.get(name)
+    except UnknownName as error:
+        faults.append(Fault(name_field, str(error)))
+        return None
+    try:
+        inspect.signature(function).bind_partial(**dict.fromkeys(given))
+        model = settings_of(function, given)
+    except (TypeError, ValueError, NameError, PydanticUserError) as error:
+        why = str(error).partition("\n")[0].rstrip(".")
+        faults.append(Fault(name_field, f"must name a {registry.kind} that can be used, but is '{name}', which cannot: {why}."))
+        return None
+    checked = check(model, options, prefix, faults, siblings)
+    return None if checked is None else checked.model_dump()
