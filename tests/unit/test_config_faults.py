@@ -10,7 +10,7 @@ import sys
 
 import pytest
 
-from dfed import config as config_module
+from dfed import choices as choices_module
 from dfed.config import load_config
 from dfed.errors import ConfigError
 
@@ -34,7 +34,7 @@ GRAMMAR = re.compile(
 def _settings_made_once():
     """Making pydantic models is nine tenths of a load, and there are a thousand loads here."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(config_module, "settings_of", functools.cache(config_module.settings_of))
+        patch.setattr(choices_module, "settings_of", functools.cache(choices_module.settings_of))
         yield
 
 
@@ -83,7 +83,7 @@ def test_all_faults_are_reported_together():
 
 
 KNOWN_AT_THE_TOP = (
-    "known here: backend, checkpoint, client, cohort, data, exchange, fleet, memory, metrics, model, rounds, sampler, seed, "
+    "known here: backend, checkpoint, client, codecs, cohort, data, exchange, fleet, memory, metrics, model, rounds, sampler, seed, "
     "server, strategy."
 )
 ONE_FAULT = [
