@@ -15,7 +15,6 @@ from dfed.config import Choice, Config
 from dfed.errors import ConfigError
 from dfed.faults import faults_of
 from dfed.fleet import DeviceProfile
-from dfed.memory import MemorySettings
 from dfed.plan import Plan
 from dfed.planner import MOST_SAMPLES, ClientPlanner
 from dfed.planning import Planning
@@ -26,7 +25,6 @@ from dfed.strategies import Candidate
 
 __all__ = ["Participation", "TierRow", "choices", "fleet_rows", "participation", "prepare_to_plan"]
 
-_CPU = torch.device("cpu")
 _MOST_BYTES = 2**50
 
 
@@ -87,7 +85,9 @@ def prepare_to_plan(config: Config) -> Prepared:
     Raises:
         ConfigError, DataError: If the config asks for what cannot be had.
     """
-    return prepare(replace(config, memory=MemorySettings(enforce="off")), _CPU)
+    wanted = config.backend.device
+    on_gpu = wanted == "cuda" or (wanted == "auto" and torch.cuda.is_available())
+    return prepare(config, torch.device("cuda" if on_gpu else "cpu"), to_run=False)
 
 
 def choices(config: Config, names: Sequence[str] | None) -> list[Choice]:
@@ -118,7 +118,7 @@ def choices(config: Config, names: Sequence[str] | None) -> list[Choice]:
 def fleet_rows(prepared: Prepared, choice: Choice) -> list[TierRow]:
     """A row for each tier under one strategy."""
     config, fleet = prepared.config, prepared.fleet
-    planning = Planning(config, prepared.chain, choice, num_clients=fleet.num_clients, device=_CPU)
+    planning = Planning(config, prepared.chain, choice, num_clients=fleet.num_clients, device=prepared.device)
     rows = []
     for name in fleet.tier_names:
         groups = _groups(prepared, name)
@@ -143,12 +143,16 @@ def _num_samples(prepared: Prepared, tier: str) -> int:
 
 
 def _first_plan(planning: Planning, profile: DeviceProfile, num_samples: int) -> tuple[Plan, bool] | None:
-    """The plan of the first round, and whether it fits; None if the strategy has none."""
+    """The plan of the first round, and whether it runs, by the run's own rule (``memory.enforce``); None if there is none."""
     params = {name: torch.empty(shape, device="meta") for name, shape in planning.shapes.items()}
     planner = ClientPlanner(planning.costs, profile, num_samples, {})
     candidate = Candidate(0, 0, num_samples, profile, planner)
     plan = planning.strategy.plan(planning.strategy.init(params), candidate)
-    return None if plan is None else (plan, planner.fits(plan))
+    if plan is None:
+        return None
+    budget = profile.budget_bytes
+    runs = {"off": True, "predicted": budget is None or planning.costs.peak_bytes(plan) <= budget, "hard": planner.fits(plan)}
+    return plan, runs[planning.enforce]
 
 
 def _tier_row(planning: Planning, tier: str, profile: DeviceProfile, found: tuple[Plan, bool] | None, num_samples: int, *,

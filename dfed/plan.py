@@ -104,10 +104,11 @@ class Plan:
 
     def cost_key(self) -> str:
         """32 hexadecimal digits that are equal for plans whose training needs the same memory: whoever the client, however
-        the tensors travel, and however long it trains.
+        the tensors travel, and however long it trains (one step, before which the optimiser has no state, or more).
         """
         options = json.dumps(self.options, sort_keys=True) if self.options else "{}"
-        return _cost_key(self.hold, self.train, options, tuple((phase.objective, phase.batch_size) for phase in self.phases))
+        phases = tuple((phase.objective, phase.batch_size, phase.steps == 1) for phase in self.phases)
+        return _cost_key(tuple(self.hold), tuple(self.train), options, phases)
 
     @cached_property
     def _shape_key(self) -> str:
@@ -117,5 +118,5 @@ class Plan:
 
 
 @functools.lru_cache(maxsize=4096)
-def _cost_key(hold: tuple[str, ...], train: tuple[str, ...], options: str, phases: tuple[tuple[str, int], ...]) -> str:
+def _cost_key(hold: tuple[str, ...], train: tuple[str, ...], options: str, phases: tuple[tuple[str, int, bool], ...]) -> str:
     return hashlib.blake2b(json.dumps([hold, train, options, phases]).encode(), digest_size=16).hexdigest()

@@ -27,6 +27,7 @@ class Planning:
     """
 
     def __init__(self, config: Config, chain: Chain, choice: Choice, *, num_clients: int, device: torch.device):
+        self.enforce = config.memory.enforce
         self.splitting = Splitting.by_unit(chain.unit_names)
         self.shapes = {name: tuple(t.shape) for name, t in chain.state_dict().items() if t.is_floating_point()}
         problem = Problem(

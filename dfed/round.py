@@ -67,8 +67,8 @@ def lead_round(job: Job, state: ServerState) -> RoundResult:
     row = round_row(cohort, clients, state.round_index)
     row["bytes"]["fabric"] = job.transport.fabric_bytes - fabric
     row["time_s"] = time.perf_counter() - start
-    new = replace(new, infeasible=_infeasible(job, cohort, clients, state))
     new = job.strategy.advance(state, new, row)
+    new = replace(new, infeasible=_infeasible(job, cohort, clients, state))
     new = replace(new, facts=json.loads(json.dumps(new.facts, allow_nan=False)))  # as a checkpoint would give them back
     return RoundResult(new, row, clients, any(part["stop"] for part in parts))
 

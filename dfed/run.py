@@ -73,8 +73,11 @@ class Run:
         return self.link.transport
 
 
-def prepare(config: Config, device: torch.device) -> Prepared:
+def prepare(config: Config, device: torch.device, *, to_run: bool = True) -> Prepared:
     """Load the data and build model, fleet and partition. The same on every rank; no rank talks to another.
+
+    Args:
+        to_run: Whether this machine must be able to run it: hold the model, and enforce the caps.
 
     Raises:
         ConfigError, DataError: If the config asks for what cannot be had.
@@ -85,7 +88,8 @@ def prepare(config: Config, device: torch.device) -> Prepared:
     data = load(config.data.dataset, dict(config.dataset_options), root=config.data.root, download=config.data.download,
                 cache=config.data.cache, seed=config.seed, validation_fraction=config.data.validation_fraction)
     chain = _chain(config, data)
-    _check_host(config, data, chain)
+    if to_run:
+        _check_host(config, data, chain)
     full = Planning(config, chain, Choice("fedavg", {}), num_clients=1, device=device)
     fleet = Fleet.from_settings(config.fleet, seed=config.seed, full_peak_bytes=full.full_budget_bytes)
     if config.cohort > fleet.num_clients:
@@ -96,7 +100,8 @@ def prepare(config: Config, device: torch.device) -> Prepared:
         labels=lambda: _labels(config, data), num_classes=data.train.num_classes,
         num_clients=fleet.num_clients, tier_of=fleet.tier_of, seed=config.seed,
     )
-    check_cap(config.memory, device, has_budgets=fleet.has_budgets)
+    if to_run:
+        check_cap(config.memory, device, has_budgets=fleet.has_budgets)
     planning = Planning(config, chain, config.strategy, num_clients=fleet.num_clients, device=device)
     return Prepared(config=config, device=device, data=data, chain=chain, fleet=fleet, partition=partition, planning=planning)
 

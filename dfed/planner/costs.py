@@ -22,7 +22,7 @@ from dfed.strategies import Strategy
 __all__ = ["Costs", "with_batch"]
 
 _FLOP_BATCH = 2  # batch norm in training wants more than one value a channel
-_SMALL_BATCH, _LARGE_BATCH = 8, 16
+_BATCHES = (8, 16, 24)
 
 
 class Costs:
@@ -56,7 +56,8 @@ class Costs:
         self._store = store or Store(None)
         chain = strategy.problem.chain
         self._input_shape = chain.input_shape
-        self._depends = [describe(chain, strategy), _what_counts(settings), identity]
+        problem = strategy.problem
+        self._depends = [describe(chain, strategy), _what_counts(settings), identity, problem.num_clients, problem.seed]
         self._lines: dict[str, PeakLine | None] = {}
         self._peaks: dict[str, int] = {}
         self._flops: dict[str, list[float]] = {}
@@ -122,8 +123,7 @@ class Costs:
         return self._lines[key]
 
     def _work_out_line(self, plan: Plan) -> list[list[float]]:
-        small, large = (self._course(with_batch(plan, size)) for size in (_SMALL_BATCH, _LARGE_BATCH))
-        line = PeakLine.through(small, _SMALL_BATCH, large, _LARGE_BATCH)
+        line = PeakLine.through(*(part for size in _BATCHES for part in (self._course(with_batch(plan, size)), size)))
         return [] if line is None else [list(part) for part in line.lines]
 
     def peak_bytes_at(self, plan: Plan) -> int:
@@ -143,8 +143,8 @@ class Costs:
         """The client's own training code, on tensors without storage."""
 
         def batches(phase: Phase) -> Iterable[tuple[Tensor, Tensor]]:
-            # Two steps: the second meets the optimiser's state, which the first one makes.
-            for _ in range(steps):
+            # Two steps, if so many are taken: the second meets the optimiser's state, which the first one makes.
+            for _ in range(min(steps, phase.steps or steps)):
                 size = batch_size or phase.batch_size
                 yield torch.empty(size, *self._input_shape), torch.zeros(size, dtype=torch.int64)
 

@@ -58,11 +58,12 @@ class ClientPlanner:
     def largest_batch(self, plan: Plan, at_most: int, *, time_s: float | None = None) -> Plan | None:
         """The plan with the largest batch size, up to ``at_most``, that fits; None if none does.
 
-        A batch size that ran out of memory before, and all above it, are left out.
+        Batches of a size that ran out of memory before, or larger, are left out, and the next try is half that size.
         """
         size = self.costs.largest_batch(plan, self.profile.budget_bytes, at_most)
-        while size and self.failed_before(with_batch(plan, size)):
-            size -= 1
+        if self.infeasible:
+            failed = (small for small in range(1, size + 1) if self.failed_before(with_batch(plan, small)))
+            size = min(size, next(failed, 2 * size + 1) // 2)
         sized = with_batch(plan, size) if size else None
         return sized if sized is not None and self.fits(sized, time_s=time_s) else None
 

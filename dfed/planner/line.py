@@ -1,4 +1,4 @@
-"""A plan's peak as a function of its batch size, found from two predictions."""
+"""A plan's peak as a function of its batch size, found from three predictions."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ class PeakLine:
     """Peak bytes as a function of the batch size: the largest of a few straight lines.
 
     At each allocation of a training step, the bytes held are those of the weights and the like, which do not depend on the
-    batch, plus those of the samples, which are proportional to it. So two predictions, at two batch sizes, give every other.
+    batch, plus those of the samples, which are proportional to it. So two predictions, at two batch sizes, give every other. A
+    third shows whether it is so: a matrix of all pairs of samples, or a batch worked off in parts, is no straight line.
 
     Attributes:
         lines: (bytes, bytes per sample) of the lines that are the largest somewhere, least steep first.
@@ -23,14 +24,22 @@ class PeakLine:
     lines: tuple[tuple[float, float], ...]
 
     @classmethod
-    def through(cls, small: Sequence[int], small_batch: int, large: Sequence[int], large_batch: int) -> PeakLine | None:
-        """From the courses (see :func:`dfed.memory.predict_course`) at two batch sizes.
+    def through(
+        cls, small: Sequence[int], small_batch: int, large: Sequence[int], large_batch: int,
+        third: Sequence[int] | None = None, third_batch: int = 0,
+    ) -> PeakLine | None:
+        """From the courses (see :func:`dfed.memory.predict_course`) at two batch sizes, confirmed by a third if it is given.
 
         Returns:
-            None if the two did not make the same allocations, so that nothing follows for other sizes.
+            None if they did not make the same allocations, or not in proportion, so that nothing follows for other sizes.
         """
         if len(small) != len(large) or not small:
             return None
+        if third is not None:
+            across, further = large_batch - small_batch, third_batch - small_batch
+            same = len(third) == len(small)
+            if not same or any((b - a) * further != (c - a) * across for a, b, c in zip(small, large, third, strict=True)):
+                return None
         rates = [(after - before) / (large_batch - small_batch) for before, after in zip(small, large, strict=True)]
         points = {(before - rate * small_batch, rate) for before, rate in zip(small, rates, strict=True)}
         return cls(_upper_hull(points))

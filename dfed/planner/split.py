@@ -2,7 +2,7 @@
 
 A stage is what :func:`dfed.blocks.stage` builds: the frozen blocks before it, the tail of the last of them, the block, and
 an output module for the blocks to come. Its peak depends on all cuts from its own start on. The search goes from the last
-block to the first and is exact: it takes up the most promising choice of last blocks first; a choice is judged by the
+block to the first: it takes up the most promising choice of last blocks first; a choice is judged by the
 peaks of its stages and by a bound from below on those that are still to be cut; and a stage's peak is predicted, which
 takes a fraction of a second, only when its choice is the most promising. The first complete choice taken up is the best. Of
 two choices for the same last units, one is dropped that is nowhere better; this takes for granted that a stage needs no more

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import json
@@ -25,6 +26,9 @@ _LIBRARIES = {"torch", "torchvision", "dfed", *sys.stdlib_module_names}
 _OF_EVERY_MODULE = {*vars(nn.Module()), "generator", "_shapes"}
 
 
+_OWN = "classes of the user's own"
+
+
 class Store:
     """JSON values by key, each in a file of its own under the cache folder; losing it costs time only.
 
@@ -44,8 +48,13 @@ class Store:
         return cls(cache_folder(cache) / "planner")
 
     def get(self, depends: Any, work_out: Callable[[], Any]) -> Any:
-        """The value for ``depends`` (JSON values on which it depends, the code of dfed and torch's version apart)."""
+        """The value for ``depends`` (JSON values on which it depends, the code of dfed and torch's version apart).
+
+        Where classes of the user's own take part, nothing is kept: what their code depends on cannot be known.
+        """
         text = json.dumps([_code(), torch.__version__, depends], sort_keys=True)
+        if _OWN in text:
+            return json.loads(json.dumps(work_out()))
         key = hashlib.sha256(text.encode()).hexdigest()[:32]
         if key not in self._known:
             value = self._read(key)
@@ -70,9 +79,12 @@ class Store:
             self._folder.mkdir(parents=True, exist_ok=True)
             with tempfile.NamedTemporaryFile("w", dir=self._folder, suffix=".partial", delete=False, encoding="utf-8") as file:
                 json.dump({"value": value}, file)  # a file cut short is then no JSON, whatever the value
+            os.chmod(file.name, 0o644)  # a folder may be shared
             os.replace(file.name, self._folder / f"{key}.json")
         except OSError:
-            return
+            for partial in self._folder.glob("*.partial"):
+                with contextlib.suppress(OSError):
+                    partial.unlink()
 
 
 @functools.cache
@@ -96,7 +108,7 @@ def describe(chain: Chain, *objects: object) -> list[Any]:
     attributes = [[name, _attributes(module)] for name, module in chain.named_modules()]
     classes = {cls for thing in [*chain.modules(), *objects] for cls in type(thing).__mro__}
     sources = sorted(_source(cls) for cls in classes if cls.__module__.partition(".")[0] not in _LIBRARIES)
-    return [repr(chain), list(chain.input_shape), tensors, attributes, sources]
+    return [repr(chain), list(chain.input_shape), tensors, attributes, [_OWN, *sources] if sources else []]
 
 
 def _attributes(module: nn.Module) -> dict[str, str]:

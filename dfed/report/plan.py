@@ -71,8 +71,10 @@ def show_ways(ways: Sequence[Way], batch_size: int, budget_bytes: int | None, te
     table = _table(f"batch {batch_size}, budget {format_bytes(budget_bytes)}", "fits", "predicted\nMiB", "needs\nMiB",
                    "largest\nbatch", "trained", "MFLOP\na sample")
     for way in ways:
-        table.add_row(way.name, "yes" if way.fits else "no", _mib(way.peak_bytes), _mib(way.needed_bytes),
-                      _batch(way.largest_batch), _percent(way.trained_share), _number(way.flops, 1e6))
+        verdict = "–" if budget_bytes is None else "yes" if way.fits else "no"
+        table.add_row(way.name, verdict, _mib(way.peak_bytes), _mib(way.needed_bytes),
+                      "–" if budget_bytes is None else _batch(way.largest_batch), _percent(way.trained_share),
+                      _number(way.flops, 1e6))
     terminal.print(table)
     if budget_bytes is not None and not any(way.fits for way in ways):
         least = min(ways, key=lambda way: way.smallest_bytes)

@@ -9,7 +9,7 @@ from dfed.models import build_chain
 from dfed.plan import Phase, Plan
 from dfed.planner import ClientPlanner, Costs, learn, with_batch
 from dfed.registry import STRATEGIES
-from dfed.strategies import Problem
+from dfed.strategies import Problem, Strategy
 
 CPU = torch.device("cpu")
 
@@ -159,5 +159,40 @@ def test_what_ran_out_of_memory_is_not_tried_again():
         assert planner.failed_before(full) == planner.failed_before(other_client) == fails
         if size is not None and size >= budget:
             assert planner.fits(full) == (not fails)
-    smaller = ClientPlanner(costs, profile(budget), 100, infeasible).largest_batch(full, 32)
-    assert smaller == with_batch(full, 31)
+    planner = ClientPlanner(costs, profile(budget), 100, infeasible)
+    assert planner.largest_batch(full, 32) == planner.largest_batch(full, 500) == with_batch(full, 16)
+    assert planner.largest_batch(full, 9) == with_batch(full, 9)
+
+
+class Pairs(Strategy):
+    """A loss over all pairs of samples of a mini-batch."""
+
+    def plan(self, state, candidate):
+        return self.whole_plan(candidate)
+
+    def loss(self, model, x, y, phase):
+        scores = model(x)
+        return (scores @ scores.T).square().mean()
+
+
+def test_a_loss_over_pairs_is_predicted_at_its_own_batch_size():
+    chain = build_chain("mlp", {"hidden": [8]}, input_shape=(1, 4, 4), num_classes=4)
+    splitting = Splitting.by_unit(chain.unit_names)
+    shapes = {name: tuple(tensor.shape) for name, tensor in chain.state_dict().items()}
+    client = ClientSettings(batch_size=1024, steps=3)
+    strategy = Pairs(Problem(chain=chain, splitting=splitting, phases=client.phases, num_clients=1, seed=0))
+    costs = Costs(strategy, client, Forms(strategy, splitting, shapes), CPU)
+    plan = Plan(client=0, hold=list(splitting.names), train=list(splitting.names), phases=client.phases)
+    matrix = 4 * 1024**2
+    assert costs.peak_bytes(plan) == costs.peak_bytes_at(plan) >= 2 * matrix  # the matrix and its square's gradient
+    assert costs.largest_batch(plan, costs.budget_bytes(plan), 5000) == 1024
+
+
+def test_one_step_never_meets_the_optimisers_state():
+    costs, plan, _ = costs_of("cnn", {"hidden": 2048}, (3, 32, 32), 10, batch_size=64, optimizer="adam")
+    once = Plan(client=0, hold=plan.hold, train=plan.train, phases=(Phase(batch_size=64, steps=1),))
+    more = Plan(client=0, hold=plan.hold, train=plan.train, phases=(Phase(batch_size=64, steps=2),))
+    assert once.cost_key() != plan.cost_key() == more.cost_key()
+    assert costs.peak_bytes(more) == costs.peak_bytes(plan)
+    # Where activations make the peak, the two moments lie beside them from the second step on.
+    assert costs.peak_bytes(once) < costs.peak_bytes(plan)

@@ -108,3 +108,11 @@ def test_a_line_survives_json():
     again = PeakLine(tuple((base, rate) for base, rate in json.loads(json.dumps(line.lines))))
     assert again == line
     assert again.at(10**6) == max(course(random_lines(7), 10**6))
+
+
+def test_a_third_size_shows_what_is_no_straight_line():
+    small, large = [100 + 8 * 4, 50 + 8 * 8], [100 + 16 * 4, 50 + 16 * 8]
+    straight, square = [100 + 24 * 4, 50 + 24 * 8], [100 + 24 * 4, 50 + 24 * 8 + 1]
+    assert PeakLine.through(small, 8, large, 16, straight, 24) == PeakLine.through(small, 8, large, 16)
+    assert PeakLine.through(small, 8, large, 16, square, 24) is None
+    assert PeakLine.through(small, 8, large, 16, straight[:1], 24) is None
