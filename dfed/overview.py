@@ -69,7 +69,8 @@ class Participation:
     """What can take part under one strategy: shares of the clients and of the training samples, and classes.
 
     Attributes:
-        classes: Classes of which some client that can take part has samples.
+        data: Of a tier in which some clients can take part, as large a share of its samples as of its clients.
+        classes: Classes of which some client has samples in the tiers in which somebody can take part.
         num_classes: Classes of the data set.
     """
 

@@ -21,9 +21,13 @@ class _Bare(Strategy):
     """Trains the problem's chain as it is."""
 
     def plan(self, state: ServerState, candidate: Candidate) -> Plan:
+        return self.plan_of(candidate.client)
+
+    def plan_of(self, client: int) -> Plan:
+        """Training of every unit in which something asks for a gradient."""
         chain, names = self.problem.chain, self.problem.splitting.names
         trained = tuple(name for name in names if any(p.requires_grad for p in chain.unit(name).parameters()))
-        return Plan(client=candidate.client, hold=names, train=trained, phases=self.problem.phases)
+        return Plan(client=client, hold=names, train=trained, phases=self.problem.phases)
 
     def build(self, plan: Plan) -> nn.Module:
         return self.problem.chain.skeleton()
@@ -40,6 +44,4 @@ def chain_costs(chain: Chain, settings: ClientSettings, device: torch.device, st
     strategy = _Bare(problem)
     shapes = {name: tuple(tensor.shape) for name, tensor in chain.state_dict().items() if tensor.is_floating_point()}
     costs = Costs(strategy, settings, Forms(strategy, splitting, shapes), device, store=store, identity="bare")
-    names = splitting.names
-    trained = tuple(name for name in names if any(p.requires_grad for p in chain.unit(name).parameters()))
-    return costs, Plan(client=0, hold=names, train=trained, phases=settings.phases)
+    return costs, strategy.plan_of(0)

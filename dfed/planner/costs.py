@@ -71,11 +71,14 @@ class Costs:
         return self._peaks[key]
 
     def budget_bytes(self, plan: Plan) -> int:
-        """The smallest budget that is sure to do: the peak, the grey zone, and what libraries take beside tensors."""
+        """The smallest budget that should do: the peak, the grey zone, and what libraries take beside tensors.
+
+        On a CPU the kernels of a large network can take more on a rank that meets them first; see docs/memory.md.
+        """
         return math.ceil(self.peak_bytes(plan) * (1 + GREY_ZONE)) + self.overhead_bytes
 
     def fits(self, plan: Plan, budget_bytes: int | None) -> bool:
-        """Whether the plan is sure to run on this budget (None: without limit)."""
+        """Whether the budget (None: without limit) is at least :meth:`budget_bytes`."""
         return budget_bytes is None or self.budget_bytes(plan) <= budget_bytes
 
     def largest_batch(self, plan: Plan, budget_bytes: int | None, at_most: int) -> int:

@@ -32,6 +32,11 @@ _VALUES = {"fp32": FP32, "fp16": FP16, "bf16": BF16, "int8": lambda: Int8(axis="
 _SAMPLE = 1 << 14
 
 
+def _count(density: float, total: int) -> int:
+    """``⌈density · total⌉``, not misled by the rounding of the product."""
+    return min(total, math.ceil(density * total - 1e-9))
+
+
 class _Chosen(Codec):
     """Sends ``⌈density · n⌉`` of n entries; the others are 0.
 
@@ -47,7 +52,7 @@ class _Chosen(Codec):
 
     def count(self, total: int) -> int:
         """How many of ``total`` entries are sent."""
-        return min(total, math.ceil(self._density * total - 1e-9))
+        return _count(self._density, total)
 
     def num_bytes(self, shape: Sequence[int]) -> int:
         total = math.prod(shape)
@@ -178,17 +183,14 @@ class Bitmask(Codec):
     def __init__(self, *, density: Density = 0.5, values: Values = "fp32"):
         self._density, self._values = density, _VALUES[values]()
 
-    def _count(self, total: int) -> int:
-        return min(total, math.ceil(self._density * total - 1e-9))
-
     def num_bytes(self, shape: Sequence[int]) -> int:
         total = math.prod(shape)
-        return self._values.num_bytes((self._count(total),)) + (total + 7) // 8
+        return self._values.num_bytes((_count(self._density, total),)) + (total + 7) // 8
 
     def encode_into(self, value: Tensor, out: Tensor, key: int = 0) -> None:
         self._check(out, value.shape)
         flat = value.detach().reshape(-1).numpy()  # NumPy's selections are several times faster than torch's
-        kept, mask = self._count(flat.size), flat != 0
+        kept, mask = _count(self._density, flat.size), flat != 0
         missing = kept - int(np.count_nonzero(mask))
         if missing < 0:
             raise WireError(f"a tensor of density {self._density:g} must have at most {kept} entries that are not zero, but "
@@ -202,7 +204,7 @@ class Bitmask(Codec):
     def decode(self, data: Tensor, shape: Sequence[int], key: int = 0) -> Tensor:
         self._check(data, shape)
         total = math.prod(shape)
-        kept = self._count(total)
+        kept = _count(self._density, total)
         split = self._values.num_bytes((kept,))
         chosen = np.flatnonzero(np.unpackbits(data[split:].numpy(), count=total, bitorder="little").view(bool))
         if len(chosen) != kept:
