@@ -1,8 +1,8 @@
 """The planner's predictions against what happens: peaks of many plans, verdicts under the hard cap, and splittings.
 
-Each plan (architecture × way to train × batch size) is trained for two steps in this process, three times: without a limit,
-to measure its peak; on the budget that the planner calls enough; and on a budget that the predicted peak exceeds by 15 %.
-Predictions are made by `dfed.planner`, training by the client's own code under the client's own cap.
+Each plan (architecture × way to train × batch size) is trained for two steps in a process of its own, which has met no kernel
+yet: first on the budget that the planner calls enough, where its peak is measured; then on one that the predicted peak
+exceeds by 15 %. Predictions are made by `dfed.planner`, training by the client's own code under the client's own cap.
 
     python benchmarks/planner.py [--batches 16 48] [--architectures cnn resnet18 …] [--markdown FILE]
 
@@ -15,10 +15,10 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import multiprocessing
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -28,7 +28,7 @@ from dfed import rng
 from dfed.blocks import Splitting, cut, hold_int8, stage, train_only
 from dfed.client import ClientSettings, Forms, Skeleton, run_plan
 from dfed.client.thread import TrainingThread
-from dfed.memory import MemorySettings, is_out_of_memory, make_cap
+from dfed.memory import MemoryMeter, MemorySettings, is_out_of_memory, make_cap
 from dfed.models import Chain, build_chain
 from dfed.plan import Phase, Plan
 from dfed.planner import Store, chain_costs, split_chain, stage_peaks
@@ -131,10 +131,17 @@ class Bench:
         generator = rng.torch_generator(0, "values")
         values = {name: 0.05 * torch.randn(tensor.shape, generator=generator) for name, tensor in floats.items()}
         values |= {name: value.abs() + 0.5 for name, value in values.items() if name.endswith("running_var")}
-        try:
+        meters: list[MemoryMeter] = []
+
+        def train() -> None:
+            skeleton.unload()  # what a try before this one left there
             with self.cap.guard(budget) as meter:
-                thread.run(partial(self._train, costs.strategy, plan, skeleton, values, regions, settings, chain))
-            return True, meter.peak_bytes
+                meters.append(meter)
+                self._train(costs.strategy, plan, skeleton, values, regions, settings, chain)
+
+        try:
+            thread.run_under(self.cap, train)
+            return True, meters[-1].peak_bytes
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
@@ -165,18 +172,24 @@ class Bench:
                  generator=generator)
 
 
-def look_at(bench: Bench, architecture: str, way: str, batch: int) -> Result:
-    """Predict one plan and try it."""
+def look_at(architecture: str, way: str, batch: int) -> Result:
+    """Predict one plan and try it, in a process that has met no kernel yet."""
+    bench = Bench(_device())
     chain, settings = chain_for(architecture, way), settings_for(way, batch)
     costs, plan = chain_costs(chain, settings, bench.device)
     predicted, enough = costs.peak_bytes(plan), costs.budget_bytes(plan)
     thread = TrainingThread(bench.device, lambda: bench.warm_up(chain, settings))
-    ran, measured = bench.run(chain, settings, None, thread)
-    assert ran, f"{architecture} {way} {batch}: not even without a limit"
-    assert measured is not None, "this system does not measure"
-    fits, _ = bench.run(chain, settings, enough, thread)
+    fits, measured = bench.run(chain, settings, enough, thread)
     over, _ = bench.run(chain, settings, int(predicted / OVER) - 1, thread)
+    if not fits:
+        ran, measured = bench.run(chain, settings, None, thread)
+        assert ran, f"{architecture} {way} {batch}: not even without a limit"
+    assert measured is not None, "this system does not measure"
     return Result(architecture, way, batch, predicted, measured, fits, not over, costs.overhead_bytes)
+
+
+def _device() -> torch.device:
+    return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
 
 
 def splits(architectures: list[str]) -> dict[str, float]:
@@ -214,8 +227,9 @@ def main() -> None:
     parser.add_argument("--splits", nargs="*", default=list(PAPER_SPLITS), choices=list(PAPER_SPLITS))
     parser.add_argument("--markdown", type=Path, help="also write the table of plans to this file")
     options = parser.parse_args()
-    device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
-    bench, results = Bench(device), []
+    workplace = multiprocessing.get_context("forkserver")
+    workplace.set_forkserver_preload(["torch", "dfed.planner", "dfed.client"])
+    results = []
     print(f"{'architecture':13} {'way':26} {'batch':>5} {'predicted':>9} {'measured':>9} {'error':>7} {'fits ran':>8} "
           f"{'over failed':>11}")
     for architecture in options.architectures:
@@ -223,7 +237,8 @@ def main() -> None:
             if way == "narrow" and architecture not in NARROW:
                 continue
             for batch in options.batches:
-                r = look_at(bench, architecture, way, batch)
+                with workplace.Pool(1) as pool:
+                    r = pool.apply(look_at, (architecture, way, batch))
                 results.append(r)
                 print(f"{r.architecture:13} {r.way:26} {r.batch:5} {r.predicted / MIB:9.1f} {r.measured / MIB:9.1f} "
                       f"{r.error:7.1%} {r.ran_when_fit!s:>8} {r.failed_when_over!s:>11}", flush=True)
@@ -232,7 +247,7 @@ def main() -> None:
     print(f"\nworst: {worst.architecture}, {worst.way}, batch {worst.batch}; constant {worst.constant / MIB:.0f} MiB")
     start = time.perf_counter()
     large = build_chain("resnet50", {}, input_shape=(3, 224, 224), num_classes=1000)
-    costs, plan = chain_costs(large, ClientSettings(batch_size=128, momentum=0.9), device)
+    costs, plan = chain_costs(large, ClientSettings(batch_size=128, momentum=0.9), _device())
     peak = costs.peak_bytes(plan)
     print(f"ResNet-50, 224 × 224, batch 128: {peak / 2**30:.1f} GiB, planned in {time.perf_counter() - start:.1f} s")
     if options.markdown is not None:

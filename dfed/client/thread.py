@@ -7,21 +7,29 @@ thread, which evaluates and talks to the other ranks, is never touched.
 
 A fresh thread is warmed up before a client's memory is counted: libraries keep buffers for each thread (about 11 MiB of
 data segment), and OpenMP would start its pool under the client's limit, and end the process when it cannot.
+
+What a client's training generates in kernels counts against its limit, though no device would pay for it. A client that ran
+out of memory while new kernels were generated is therefore trained again, until a try generates none.
 """
 
 from __future__ import annotations
 
+import gc
+import traceback
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
+
+from dfed.memory import is_out_of_memory
 
 __all__ = ["TrainingThread"]
 
 Result = TypeVar("Result")
 
 _PARALLEL = 65_536  # entries a thread for which torch shares out the work
+_TRIES = 16
 
 
 class TrainingThread:
@@ -52,6 +60,23 @@ class TrainingThread:
     def run(self, work: Callable[[], Result]) -> Result:
         """Run ``work`` in the thread and wait for it; its result, or its exception."""
         return self._executor.submit(work).result()
+
+    def run_under(self, cap: Any, work: Callable[[], Result]) -> Result:
+        """As :meth:`run`, for work that guards itself by ``cap``: again if it ran out of memory over newly generated code.
+
+        Args:
+            work: Must do the same each time.
+        """
+        for _ in range(_TRIES - 1):
+            try:
+                return self.run(work)
+            except Exception as error:
+                if not (is_out_of_memory(error, capped=cap.enforces) and cap.counts_new_code()):
+                    raise
+                traceback.clear_frames(error.__traceback__)  # which hold tensors of the try
+            gc.collect()
+            self.replace()
+        return self.run(work)
 
     def replace(self) -> None:
         """End the thread and start a fresh one."""

@@ -168,13 +168,11 @@ class Worker:
         plan = Plan.from_json(task["plan"])
         form = self._forms.of(plan)
         report = ClientReport(client=plan.client, bytes_down=form.down_bytes(down.round_index, plan.client), bytes_up={})
-        skeleton = self._skeletons.get(plan.shape_key())
-        if skeleton is None:
-            skeleton = self._skeletons[plan.shape_key()] = Skeleton(self._strategy.build(plan))
         start, update = time.perf_counter(), None
         try:
             base = form.received(down.values)
-            tensors = self._thread.run(partial(self._train, plan, skeleton, form, base, task, down, report))
+            train = partial(self._train, plan, form, base, task, down, report)
+            tensors = self._thread.run_under(self._cap, train)
             report.bytes_up = form.up_bytes(down.round_index, plan.client)
             arrives = form.through_codecs(down.round_index, plan.client, tensors, base)
             if down.per_client:
@@ -191,8 +189,7 @@ class Worker:
         except Exception as error:
             self._note_failure(error, report, task["budget_bytes"])
         finally:
-            if not skeleton.unload():
-                del self._skeletons[plan.shape_key()]
+            self._unload(plan)
         report.time_s = time.perf_counter() - start
         if report.status != "completed":
             gc.collect()
@@ -201,8 +198,18 @@ class Worker:
             self._warn(down.round_index, report, (plan.shape_key(), task["budget_bytes"]))
         return report, update
 
-    def _train(self, plan: Plan, skeleton: Skeleton, form: Form, values: Mapping[str, Tensor], task: Mapping[str, Any],
-               down: _Down, report: ClientReport) -> dict[str, Tensor]:
+    def _unload(self, plan: Plan) -> None:
+        """Empty the plan's skeleton, and forget it if its strategy changed it for good."""
+        skeleton = self._skeletons.get(plan.shape_key())
+        if skeleton is not None and not skeleton.unload():
+            del self._skeletons[plan.shape_key()]
+
+    def _train(self, plan: Plan, form: Form, values: Mapping[str, Tensor], task: Mapping[str, Any], down: _Down,
+               report: ClientReport) -> dict[str, Tensor]:
+        self._unload(plan)  # what a try before this one left there would be freed under the cap, as if it added memory
+        skeleton = self._skeletons.get(plan.shape_key())
+        if skeleton is None:
+            skeleton = self._skeletons[plan.shape_key()] = Skeleton(self._strategy.build(plan))
         indices = self._partition.indices(plan.client)
         generator = _device_generator(self._device, self._seed, "layers", down.round_index, plan.client)
 

