@@ -28,6 +28,7 @@ from dfed import rng
 from dfed.blocks import Splitting, cut, hold_int8, stage, train_only
 from dfed.client import ClientSettings, Forms, Skeleton, run_plan
 from dfed.client.thread import TrainingThread
+from dfed.client.training import rehearse
 from dfed.memory import MemoryMeter, MemorySettings, is_out_of_memory, make_cap
 from dfed.models import Chain, build_chain
 from dfed.plan import Phase, Plan
@@ -135,6 +136,10 @@ class Bench:
 
         def train() -> None:
             skeleton.unload()  # what a try before this one left there
+            if thread.must_rehearse(plan, settings.batch_size, peak_bytes=costs.peak_bytes(plan), budget_bytes=budget):
+                rehearse(costs.strategy, plan, skeleton, values, regions, settings, input_shape=chain.input_shape,
+                         num_samples=settings.batch_size, device=self.device)
+                skeleton.unload()
             with self.cap.guard(budget) as meter:
                 meters.append(meter)
                 self._train(costs.strategy, plan, skeleton, values, regions, settings, chain)

@@ -128,7 +128,8 @@ def encode_order(job: Job, state: ServerState, cohort: Cohort) -> Message:
     for client, plan in chosen.items():
         budget = job.fleet.profile(client).budget_bytes
         tasks[str(cohort.ranks[client])].append(
-            {"plan": plan.to_json(), "weight": weights[client], "budget_bytes": budget}
+            {"plan": plan.to_json(), "weight": weights[client], "budget_bytes": budget,
+             "peak_bytes": job.costs.peak_bytes(plan) if budget is not None else 0}
         )
     forms = [job.forms.of(plan) for plan in chosen.values()]
     held: dict[str, set[str]] = {}

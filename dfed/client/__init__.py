@@ -2,9 +2,10 @@
 
 from dfed.client.evaluation import Evaluation, Evaluator, combine
 from dfed.client.forms import DEFAULT_CODEC, Form, Forms
+from dfed.client.report import ClientReport
 from dfed.client.settings import ClientSettings, ScheduleSettings, client_conflicts, make_optimizer
 from dfed.client.training import LocalResult, Skeleton, run_plan
-from dfed.client.worker import ClientReport, Worker
+from dfed.client.worker import Worker
 
 __all__ = [
     "DEFAULT_CODEC",

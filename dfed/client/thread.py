@@ -8,8 +8,13 @@ thread, which evaluates and talks to the other ranks, is never touched.
 A fresh thread is warmed up before a client's memory is counted: libraries keep buffers for each thread (about 11 MiB of
 data segment), and OpenMP would start its pool under the client's limit, and end the process when it cannot.
 
-What a client's training generates in kernels counts against its limit, though no device would pay for it. A client that ran
+Kernels that a client's training generates count against its limit, though no device would pay for them. A client that ran
 out of memory while new kernels were generated is therefore trained again, until a try generates none.
+
+Worse is what fails without a word. MKL keeps work buffers for each thread, up to some 25 MiB, and makes them when a product
+first needs one so large; where the limit refuses it, MKL takes another way, which gives other bits. So a thread that meets
+a plan for the first time *rehearses* it, one step without a limit, unless the budget is so large that nothing is refused,
+or so small that the client will fail whatever its bits.
 """
 
 from __future__ import annotations
@@ -22,7 +27,8 @@ from typing import Any, TypeVar
 
 import torch
 
-from dfed.memory import is_out_of_memory
+from dfed.memory import CPU_OVERHEAD_BYTES, GREY_ZONE, is_out_of_memory
+from dfed.plan import Plan
 
 __all__ = ["TrainingThread"]
 
@@ -30,6 +36,7 @@ Result = TypeVar("Result")
 
 _PARALLEL = 65_536  # entries a thread for which torch shares out the work
 _TRIES = 16
+_ROOM_BYTES = 256 * 2**20  # far more than the kernels and buffers of any one network seen
 
 
 class TrainingThread:
@@ -42,6 +49,7 @@ class TrainingThread:
 
     def __init__(self, device: torch.device, warm_up: Callable[[], None]):
         self._device, self._warm_up = device, warm_up
+        self._rehearsed: dict[str, int] = {}
         self._executor = self._start()
 
     def _start(self) -> ThreadPoolExecutor:
@@ -78,8 +86,26 @@ class TrainingThread:
             self.replace()
         return self.run(work)
 
+    def must_rehearse(self, plan: Plan, num_samples: int, *, peak_bytes: int, budget_bytes: int | None) -> bool:
+        """Whether this client's plan is to be rehearsed first: once in a thread, and again for larger mini-batches.
+
+        Args:
+            num_samples: The client's.
+            peak_bytes: Predicted peak of the plan's tensors.
+        """
+        least = (1 - GREY_ZONE) * peak_bytes - CPU_OVERHEAD_BYTES
+        most = (1 + GREY_ZONE) * peak_bytes + CPU_OVERHEAD_BYTES + _ROOM_BYTES
+        if budget_bytes is None or not least <= budget_bytes <= most:
+            return False
+        key, samples = plan.cost_key(), min(num_samples, max(phase.batch_size for phase in plan.phases))
+        if samples <= self._rehearsed.get(key, 0):
+            return False
+        self._rehearsed[key] = samples
+        return True
+
     def replace(self) -> None:
         """End the thread and start a fresh one."""
+        self._rehearsed.clear()
         self._executor.shutdown(wait=True)
         self._executor = self._start()
 

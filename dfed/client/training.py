@@ -6,6 +6,7 @@ memory that a client needs.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +20,7 @@ from dfed.plan import Phase, Plan
 from dfed.region import Region
 from dfed.strategies import Strategy
 
-__all__ = ["Batches", "LocalResult", "Skeleton", "run_plan"]
+__all__ = ["Batches", "LocalResult", "Skeleton", "rehearse", "run_plan"]
 
 Batches = Callable[[Phase], Iterable[tuple[Tensor, Tensor]]]
 
@@ -159,6 +160,24 @@ def run_plan(
             if sent is not None:
                 update[name] = sent
     return LocalResult(update, loss_sum, num_visits, num_steps)
+
+
+def rehearse(strategy: Strategy, plan: Plan, skeleton: Skeleton, values: Mapping[str, Tensor], regions: Mapping[str, Region],
+             settings: ClientSettings, *, input_shape: tuple[int, ...], num_samples: int, device: torch.device) -> None:
+    """One step of each phase, on zeros, that leaves nothing but what libraries keep. An error is left to the real training.
+
+    Args:
+        values, regions: As for :func:`run_plan`.
+        input_shape: Of one sample.
+        num_samples: The client's; a mini-batch has no more.
+    """
+    def batches(phase: Phase) -> Iterable[tuple[Tensor, Tensor]]:
+        size = min(phase.batch_size, num_samples)
+        yield torch.zeros(size, *input_shape), torch.zeros(size, dtype=torch.int64)
+
+    with contextlib.suppress(Exception):
+        run_plan(strategy, plan, skeleton, values, regions, batches, settings, rate_factor=1.0, device=device,
+                 generator=torch.Generator(device=device))
 
 
 def _on(device: torch.device, batches: Iterable[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:

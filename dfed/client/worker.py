@@ -6,7 +6,6 @@ import gc
 import itertools
 import logging
 import time
-import traceback
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -19,56 +18,23 @@ from torch import Tensor
 
 from dfed import rng
 from dfed.client.forms import Form, Forms
+from dfed.client.report import ClientReport
 from dfed.client.settings import ClientSettings, make_optimizer
 from dfed.client.thread import TrainingThread
-from dfed.client.training import Skeleton, run_plan
+from dfed.client.training import Skeleton, rehearse, run_plan
 from dfed.comm import wire
 from dfed.comm.partial_sums import PartialSums, check_values
 from dfed.comm.wire import Message
 from dfed.data import AUGMENTATIONS, Dataset, Partition, client_batches
 from dfed.errors import RankLost, UpdateRejected
-from dfed.memory import is_out_of_memory
 from dfed.plan import Phase, Plan
-from dfed.settings import format_bytes
 from dfed.strategies import Strategy
 
-__all__ = ["ClientReport", "Worker"]
+__all__ = ["Worker"]
 
 logger = logging.getLogger(__name__)
 
-_TRACEBACK_CHARACTERS = 4000
-_ERROR_CHARACTERS = 120
 _LOOKED_AT = 4096
-_ONE_VALUE = "Expected more than 1 value per channel when training"
-
-
-@dataclass(kw_only=True)
-class ClientReport:
-    """What a rank tells the server of one client's round; JSON values only.
-
-    Attributes:
-        status: ``completed``, ``oom`` or ``failed``.
-        reason: Why it did not complete: ``oom``, or of the failed: ``exception``, ``non_finite``, ``out_of_range``,
-            ``dropout``, and ``host_memory``: the machine ran out while no cap was in force.
-        detail: The error's text, for the log.
-        loss: Mean training loss over all visits.
-        num_visits, num_steps: Samples seen, repetitions counted, and optimiser steps.
-        peak_bytes: Measured peak of the memory that training added; None where it was not measured.
-        bytes_down, bytes_up: By part of the message (header, values).
-        time_s: Wall time on this rank.
-    """
-
-    client: int
-    status: str = "completed"
-    reason: str | None = None
-    detail: str | None = None
-    loss: float | None = None
-    num_visits: int = 0
-    num_steps: int = 0
-    peak_bytes: int | None = None
-    bytes_down: dict[str, int]
-    bytes_up: dict[str, int]
-    time_s: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -147,7 +113,7 @@ class Worker:
 
         Args:
             message: The round's broadcast.
-            tasks: ``{"plan": …, "weight": …, "budget_bytes": …}`` for each client.
+            tasks: ``{"plan": …, "weight": …, "budget_bytes": …, "peak_bytes": …}`` for each client; the last is predicted.
             sums: Updates are folded into these, if the exchange is fused.
 
         Returns:
@@ -187,7 +153,7 @@ class Worker:
             report.status, report.reason, report.loss = "failed", error.reason, None
             report.detail = str(error) + (self._why_not_finite(plan) if error.reason == "non_finite" else "")
         except Exception as error:
-            self._note_failure(error, report, task["budget_bytes"])
+            report.note(error, task["budget_bytes"] if self._cap.enforces else None)
         finally:
             self._unload(plan)
         report.time_s = time.perf_counter() - start
@@ -204,12 +170,16 @@ class Worker:
         if skeleton is not None and not skeleton.unload():
             del self._skeletons[plan.shape_key()]
 
+    def _empty_skeleton(self, plan: Plan) -> Skeleton:
+        """The plan's skeleton, emptied: what another try left in it would be freed under the cap, as if that made room."""
+        self._unload(plan)
+        if plan.shape_key() not in self._skeletons:
+            self._skeletons[plan.shape_key()] = Skeleton(self._strategy.build(plan))
+        return self._skeletons[plan.shape_key()]
+
     def _train(self, plan: Plan, form: Form, values: Mapping[str, Tensor], task: Mapping[str, Any], down: _Down,
                report: ClientReport) -> dict[str, Tensor]:
-        self._unload(plan)  # what a try before this one left there would be freed under the cap, as if it added memory
-        skeleton = self._skeletons.get(plan.shape_key())
-        if skeleton is None:
-            skeleton = self._skeletons[plan.shape_key()] = Skeleton(self._strategy.build(plan))
+        skeleton = self._empty_skeleton(plan)
         indices = self._partition.indices(plan.client)
         generator = _device_generator(self._device, self._seed, "layers", down.round_index, plan.client)
 
@@ -223,6 +193,13 @@ class Worker:
                 drop_last=phase.drop_last,
             )
 
+        if self._cap.enforces and self._thread.must_rehearse(
+            plan, len(indices), peak_bytes=task["peak_bytes"], budget_bytes=task["budget_bytes"]
+        ):
+            shape = self._strategy.problem.chain.input_shape
+            rehearse(self._strategy, plan, skeleton, values, form.regions, self._settings, input_shape=shape,
+                     num_samples=len(indices), device=self._device)
+            skeleton = self._empty_skeleton(plan)
         # At full batches a plan's peak is the same for every client: those without a budget need one measurement a plan.
         measure_peak = task["budget_bytes"] is not None or plan.shape_key() not in self._measured
         meter = None
@@ -265,25 +242,6 @@ class Worker:
             return ""
         what = "data" if len(indices) < _LOOKED_AT else f"first {_LOOKED_AT} samples"
         return f" The client's {what} are finite: check the learning rate (`client.learning_rate`, `client.clip_norm`)."
-
-    def _note_failure(self, error: Exception, report: ClientReport, budget_bytes: int | None) -> None:
-        """Put an exception of a client's training on its report, and let go of the tensors that its frames hold."""
-        capped = self._cap.enforces and budget_bytes is not None
-        if is_out_of_memory(error, capped=capped):
-            said = str(error).partition("\n")[0][-_ERROR_CHARACTERS:].lstrip(" .")
-            report.status, report.reason = ("oom", "oom") if capped else ("failed", "host_memory")
-            whose = f"on a budget of {format_bytes(budget_bytes)}" if capped else "without a cap, which is this machine's lack"
-            report.detail = f"out of memory {whose}: {said}"
-        else:
-            report.status, report.reason = "failed", "exception"
-            report.detail = "".join(traceback.format_exception(error))[-_TRACEBACK_CHARACTERS:]
-            if _ONE_VALUE in report.detail:
-                report.detail += (
-                    "A mini-batch of one sample reached a batch norm over a single pixel. `client.drop_last: true` leaves out "
-                    "a last mini-batch that is too small; `model.norm: group`, larger images or more samples help too."
-                )
-        report.loss = None
-        traceback.clear_frames(error.__traceback__)
 
 
 def _device_generator(device: torch.device, seed: int, purpose: str, *keys: int) -> torch.Generator:

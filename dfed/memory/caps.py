@@ -134,7 +134,9 @@ class CpuCap(Uncapped):
         self._code_bytes = measure.generated_code_bytes()
 
     def counts_new_code(self) -> bool:
-        """Whether libraries have mapped code since this was last asked: if a body ran out of memory meanwhile, it should run again.
+        """Whether libraries have mapped code since this was last asked.
+
+        A body that ran out of memory meanwhile should run again.
 
         oneDNN maps 256 KiB or more for each kernel that it generates, and hardly touches it. The limit counts all of it, so a
         rank that meets a network for the first time would call plans too large that fit. The kernels stay; the next try

@@ -1,9 +1,11 @@
+import dataclasses
 import threading
 
 import pytest
 import torch
 
 from dfed.client.thread import TrainingThread
+from dfed.plan import Phase, Plan
 
 
 def test_work_runs_in_one_thread_that_can_be_replaced():
@@ -72,6 +74,29 @@ def test_other_errors_do_not_run_again():
     with pytest.raises(KeyError):
         thread.run_under(Cap(9), lambda: runs.append(1) or {}["boom"])
     assert len(runs) == 1
+    thread.close()
+
+
+def test_a_thread_rehearses_a_plan_once_where_the_budget_is_close():
+    thread, mib = TrainingThread(torch.device("cpu"), lambda: None), 2**20
+    plan = Plan(client=0, hold=("a",), train=("a",), phases=(Phase(batch_size=8, steps=1), Phase(batch_size=4, steps=1)))
+
+    def asks(plan=plan, samples=20, peak=100 * mib, budget=150 * mib):
+        return thread.must_rehearse(plan, samples, peak_bytes=peak, budget_bytes=budget)
+
+    assert not asks(budget=None)
+    assert not asks(budget=400 * mib)  # room for all that libraries may want
+    assert not asks(budget=70 * mib)  # will fail in any case
+    assert asks(samples=5)
+    assert not asks(samples=5)
+    assert not asks(samples=4)
+    assert asks(samples=20)  # mini-batches of 8
+    assert not asks(samples=30)
+    assert not asks(dataclasses.replace(plan, client=3))
+    assert asks(dataclasses.replace(plan, train=()))
+    assert asks(dataclasses.replace(plan, hold=("a", "b")), budget=80 * mib)  # may just do
+    thread.replace()
+    assert asks()  # what it knew went with the old thread
     thread.close()
 
 

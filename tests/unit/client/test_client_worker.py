@@ -74,7 +74,8 @@ class Setting:
     def task(self, client, mood=None, **fields):
         options = {"mood": mood} if mood else {}
         plan = self.small.plan(client=client, options=options, **fields)
-        return {"plan": json.loads(json.dumps(plan.to_json())), "weight": SIZES[client], "budget_bytes": None}
+        return {"plan": json.loads(json.dumps(plan.to_json())), "weight": SIZES[client], "budget_bytes": None,
+                "peak_bytes": 2**20}
 
     def work(self, tasks, exchange="fused"):
         sums = self.worker.sums(self.small.shapes)
@@ -218,14 +219,13 @@ def test_data_that_are_not_finite_are_named():
 
 
 def test_a_mini_batch_too_small_for_batch_norm_is_explained():
-    setting = Setting()
     report = ClientReport(client=0, bytes_down={}, bytes_up={})
     error = None
     try:
         torch.nn.BatchNorm2d(2)(torch.ones(1, 2, 1, 1))
     except ValueError as caught:
         error = caught
-    setting.worker._note_failure(error, report, None)
+    report.note(error, None)
     assert report.reason == "exception"
     assert "`client.drop_last: true` leaves out" in report.detail
 

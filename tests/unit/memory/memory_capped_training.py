@@ -1,8 +1,9 @@
 """Trains under hard caps in a process of its own and prints what happened as one JSON object.
 
-Run as ``python memory_capped_training.py MODEL BATCH BUDGET …``. A budget is ``none``, a number of bytes, or a share of
-what surely suffices (``fits``) or of the predicted peak of the tensors (``0.5T``). The first training counts for nothing,
-unless the first budget is ``cold``, which is ``fits`` for a process that has met none of the kernels.
+Run as ``python memory_capped_training.py MODEL BATCH BUDGET …``, or with ``unrehearsed`` as the first budget. A budget is
+``none``, a number of bytes, or a share of what surely suffices (``fits``) or of the predicted peak of the tensors
+(``0.5T``). The first training counts for nothing, unless the first budget is ``cold``, which is ``fits`` for a process that
+has met none of the kernels.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from dfed import rng  # noqa: E402
 from dfed.blocks import Splitting  # noqa: E402
 from dfed.client import ClientSettings, Forms, Skeleton, run_plan  # noqa: E402
 from dfed.client.thread import TrainingThread  # noqa: E402
+from dfed.client.training import rehearse  # noqa: E402
 from dfed.memory import CPU_OVERHEAD_BYTES, GREY_ZONE, MemorySettings, is_out_of_memory, make_cap, malloc, measure  # noqa: E402
 from dfed.models import build_chain, materialise  # noqa: E402
 from dfed.plan import Phase, Plan  # noqa: E402
@@ -53,7 +55,7 @@ class Training:
         self.values = {name: value.detach() for name, value in full.state_dict().items() if name in shapes}
         self.skeleton = Skeleton(self.chain.skeleton())
         self.cap = make_cap(MemorySettings(), CPU, has_budgets=True)
-        self.thread, self.tries = TrainingThread(CPU, self._warm_up), 0
+        self.thread, self.tries, self.rehearses = TrainingThread(CPU, self._warm_up), 0, True
 
     def budget(self, text: str) -> int | None:
         if text == "none":
@@ -83,6 +85,13 @@ class Training:
         meter = None
         self.tries += 1
         self.skeleton.unload()
+        (samples,) = (phase.batch_size for phase in self.plan.phases)
+        if self.rehearses and self.thread.must_rehearse(
+            self.plan, samples, peak_bytes=self.tensor_bytes, budget_bytes=budget
+        ):
+            rehearse(self.strategy, self.plan, self.skeleton, self.values, self.regions, self.settings, input_shape=SHAPE,
+                     num_samples=samples, device=CPU)
+            self.skeleton.unload()
         try:
             with self.cap.guard(budget) as meter:
                 result = self._run(self._batches)
@@ -115,6 +124,8 @@ def usage() -> dict:
 
 def main(model: str, batch: str, *budgets: str) -> None:
     training = Training(model, int(batch))
+    if budgets[0] == "unrehearsed":
+        training.rehearses, budgets = False, budgets[1:]
     if budgets[0] != "cold":
         training.run(None)
     runs = []

@@ -1,0 +1,67 @@
+"""What a rank tells the server of one client's round."""
+
+from __future__ import annotations
+
+import traceback
+from dataclasses import dataclass
+
+from dfed.memory import is_out_of_memory
+from dfed.settings import format_bytes
+
+__all__ = ["ClientReport"]
+
+_TRACEBACK_CHARACTERS = 4000
+_ERROR_CHARACTERS = 120
+_ONE_VALUE = "Expected more than 1 value per channel when training"
+
+
+@dataclass(kw_only=True)
+class ClientReport:
+    """What a rank tells the server of one client's round; JSON values only.
+
+    Attributes:
+        status: ``completed``, ``oom`` or ``failed``.
+        reason: Why it did not complete: ``oom``, or of the failed: ``exception``, ``non_finite``, ``out_of_range``,
+            ``dropout``, and ``host_memory``: the machine ran out while no cap was in force.
+        detail: The error's text, for the log.
+        loss: Mean training loss over all visits.
+        num_visits, num_steps: Samples seen, repetitions counted, and optimiser steps.
+        peak_bytes: Measured peak of the memory that training added; None where it was not measured.
+        bytes_down, bytes_up: By part of the message (header, values).
+        time_s: Wall time on this rank.
+    """
+
+    client: int
+    status: str = "completed"
+    reason: str | None = None
+    detail: str | None = None
+    loss: float | None = None
+    num_visits: int = 0
+    num_steps: int = 0
+    peak_bytes: int | None = None
+    bytes_down: dict[str, int]
+    bytes_up: dict[str, int]
+    time_s: float = 0.0
+
+    def note(self, error: Exception, cap_bytes: int | None) -> None:
+        """Put down an exception of the client's training, and let go of the tensors that its frames hold.
+
+        Args:
+            cap_bytes: The budget that was enforced; None: none was.
+        """
+        if is_out_of_memory(error, capped=cap_bytes is not None):
+            said = str(error).partition("\n")[0][-_ERROR_CHARACTERS:].lstrip(" .")
+            self.status, self.reason = ("failed", "host_memory") if cap_bytes is None else ("oom", "oom")
+            whose = "without a cap, which is this machine's lack"
+            whose = whose if cap_bytes is None else f"on a budget of {format_bytes(cap_bytes)}"
+            self.detail = f"out of memory {whose}: {said}"
+        else:
+            self.status, self.reason = "failed", "exception"
+            self.detail = "".join(traceback.format_exception(error))[-_TRACEBACK_CHARACTERS:]
+            if _ONE_VALUE in self.detail:
+                self.detail += (
+                    "A mini-batch of one sample reached a batch norm over a single pixel. `client.drop_last: true` leaves out "
+                    "a last mini-batch that is too small; `model.norm: group`, larger images or more samples help too."
+                )
+        self.loss = None
+        traceback.clear_frames(error.__traceback__)
