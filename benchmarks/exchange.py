@@ -51,28 +51,24 @@ class IdleWorker:
     """Takes the payloads of its tasks out of the order, as a worker does, and reports without training."""
 
     def __init__(self, job: Any):
-        self._worker, self._forms, self._seed = job.worker, job.forms, job.seed
-
-    def sums(self, names: Any) -> Any:
-        """As the worker's own."""
-        return self._worker.sums(names)
+        self._forms, self._seed = job.forms, job.seed
 
     def work(self, order: Any, tasks: Any, sums: Any) -> tuple[list[dict[str, Any]], list[Any]]:
         """A report for each task."""
-        from dataclasses import asdict
-
         from dfed.client import ClientReport
         from dfed.comm import wire
         from dfed.plan import Plan
 
         values, reports, round_index = wire.decode_all(order, seed=self._seed), [], order.meta["round"]
+        plans, received = [Plan.from_json(plan) for plan in order.meta["plans"]], {}
         for task in tasks:
-            plan = Plan.from_json(task["plan"])
+            plan = plans[task["plan"]].for_client(task["client"])
             form = self._forms.of(plan)
-            assert form.received(values)
+            if plan.shape_key() not in received:
+                received[plan.shape_key()] = form.received(values)
             down, up = form.down_bytes(round_index, plan.client), form.up_bytes(round_index, plan.client)
-            reports.append(asdict(ClientReport(client=plan.client, loss=2.3, num_visits=1, num_steps=1, bytes_down=down,
-                                               bytes_up=up)))
+            reports.append(dict(vars(ClientReport(client=plan.client, loss=2.3, num_visits=1, num_steps=1, bytes_down=down,
+                                                  bytes_up=up))))
         return reports, []
 
 
@@ -108,7 +104,11 @@ def run_rank(turns: int) -> None:
         dist.reduce(sums, dst=0)
 
     def exchange(size: int) -> None:
-        message = encode_order(cohorts[size][0], state, cohorts[size][1]) if transport.is_server else None
+        message = None
+        if transport.is_server:
+            sized, cohort = cohorts[size]  # with plans as new as a strategy's
+            fresh = replace(cohort, plans={client: replace(plan) for client, plan in cohort.plans.items()})
+            message = encode_order(sized, state, fresh)
         take_part(job, transport.broadcast(message))
 
     works: dict[str, Callable[[], None]] = {"bare": bare, **{str(size): lambda size=size: exchange(size) for size in COHORTS}}

@@ -7,6 +7,7 @@ is recognised and the one before it is taken.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -17,8 +18,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 from pydantic import Field
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -26,11 +28,11 @@ from dfed.errors import CheckpointError
 from dfed.settings import Settings
 from dfed.state import ServerState
 
-__all__ = ["CheckpointSettings", "latest", "params_sha256", "save"]
+__all__ = ["CheckpointSettings", "client_versions", "latest", "params_sha256", "save"]
 
 logger = logging.getLogger(__name__)
 
-_FORMAT = 2
+_FORMAT = 3
 _NAME = re.compile(r"round_(\d{6,})")
 
 
@@ -77,6 +79,7 @@ def save(folder: Path, state: ServerState, fingerprint: str, keep: int) -> Path:
         tensors = {f"params/{key}": value for key, value in state.params.items()}
         for key, slots in state.slots.items():
             tensors |= {f"slots/{slot}/{key}": value for slot, value in slots.items()}
+        tensors["clients"] = torch.tensor(sorted(state.clients.items()), dtype=torch.int64).view(-1, 2)
         save_file(_apart(tensors), partial / "state.safetensors")
         header = {
             "format": _FORMAT,
@@ -165,6 +168,7 @@ def _read(path: Path, fingerprint: str) -> ServerState:
         saved, round_index, facts, totals, infeasible = (
             header[key] for key in ("fingerprint", "round_index", "facts", "totals", "infeasible")
         )
+        clients = dict(tensors.pop("clients").tolist())
         params = {name: tensors[f"params/{name}"] for name in header["params"]}  # the file has an order of its own
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise _Damaged(f"{type(error).__name__}: {error}") from error
@@ -177,7 +181,16 @@ def _read(path: Path, fingerprint: str) -> ServerState:
             slot, _, name = rest.partition("/")
             slots.setdefault(name, {})[slot] = value
     return ServerState(round_index=round_index, params=params, slots=slots, facts=facts, totals=totals,
-                       infeasible=infeasible)
+                       clients=clients, infeasible=infeasible)
+
+
+def client_versions(folder: Path) -> list[dict[int, int]]:
+    """Of every checkpoint in ``folder``: the clients' states that it refers to. What cannot be read refers to none."""
+    found = []
+    for _, path in _numbered(folder):
+        with contextlib.suppress(OSError, SafetensorError), safe_open(path / "state.safetensors", framework="pt") as file:
+            found.append(dict(file.get_tensor("clients").tolist()))
+    return found
 
 
 def _numbered(folder: Path) -> list[tuple[int, Path]]:

@@ -1,7 +1,7 @@
 """The command line: ``dfed run``, ``dfed plan`` and ``dfed list``.
 
-Exit status: 0 done; 1 the run failed; 2 the config or the command line is wrong; 143 stopped by SIGTERM after a
-checkpoint.
+Exit status: 0 done; 1 the run failed, or the output of a command cannot be written; 2 the config or the command line is
+wrong; 143 stopped by SIGTERM after a checkpoint.
 """
 
 from __future__ import annotations
@@ -11,17 +11,13 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from dfed import __version__
 from dfed.errors import ConfigError, DataError, DfedError, Fault
-
-if TYPE_CHECKING:
-    from dfed.config import Config
 
 __all__ = ["main"]
 
@@ -29,7 +25,6 @@ logger = logging.getLogger(__name__)
 
 EXIT_FAILED, EXIT_CONFIG = 1, 2
 _RANK_0_SPEAKS_S = 5.0
-_TABLE_WIDTH = 116
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -41,12 +36,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"unknown argument: {unknown[0]}")
     rank = int(os.environ.get("RANK", "0"))
     logging.basicConfig(level=logging.INFO, format=f"%(asctime)s r{rank} %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
+    if not _has_output(rank):
+        return EXIT_FAILED
     try:
         if options.command == "list":
-            return _to_pipe(_list)
+            return _to_output(_list())
         words = [word for word in (options.config, *rest) if word is not None]
         if options.command == "plan":
-            return _to_pipe(lambda: _plan(words, options))
+            from dfed.plan_command import plan_text
+
+            return _to_output(plan_text(words, options))
         return _run(words, options)
     except (ConfigError, DataError) as error:
         if rank != 0:
@@ -57,6 +56,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except DfedError as error:
         print(f"dfed: rank {rank}: {type(error).__name__}: {error}", file=sys.stderr)
         return EXIT_FAILED
+
+
+def _has_output(rank: int) -> bool:
+    """Whether there is a standard output, for what rank 0 shows; it then takes any text, whatever its encoding."""
+    if sys.stdout is None:
+        if rank == 0:
+            print("dfed: standard output is closed: send it to a file, or to /dev/null", file=sys.stderr)
+        return rank != 0
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")
+    return True
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -83,121 +93,43 @@ def _add_plan(commands: Any) -> None:
     plan.add_argument("--strategies", metavar="A,B", help="only these (default: the config's own, then all others)")
     plan.add_argument("--model", metavar="NAME", help="a model by itself, without a config")
     plan.add_argument("--budget", metavar="BYTES", help="memory that the model may take, e.g. 512MB")
-    plan.add_argument("--shape", metavar="C,H,W", default="3,32,32", help="shape of a sample, with --model (default: 3,32,32)")
-    plan.add_argument("--classes", metavar="N", default="10", help="number of classes, with --model (default: 10)")
-    plan.add_argument("--train", metavar="FIRST:LAST", help="also: only these units trained, the others frozen")
+    plan.add_argument("--shape", metavar="C,H,W", help="shape of a sample, with --model (default: 3,32,32)")
+    plan.add_argument("--classes", metavar="N", help="number of classes, with --model (default: 10)")
+    plan.add_argument("--train", metavar="FIRST:LAST",
+                      help="also: only these units trained, the others frozen; FIRST: and :LAST go to the ends")
     plan.add_argument("--split", metavar="T", help="also: cut into T blocks with the smallest peak, or 'auto' for any number")
     plan.add_argument("--units", action="store_true", help="also: the profile of every unit")
     plan.add_argument("--measure", action="store_true", help="also: measured seconds of every unit, on this machine")
     plan.add_argument("--json", action="store_true", help="one JSON object instead of tables")
 
 
-def _plan(words: list[str], options: argparse.Namespace) -> int:
-    from rich.console import Console as Terminal
+def _to_output(text: str) -> int:
+    """Write to standard output; returns the exit status.
 
-    from dfed import overview, planner
-    from dfed.report import plan as report
+    A reader that has seen enough, as with ``dfed list | head -1``, is no failure; output that goes nowhere else is.
+    """
+    assert sys.stdout is not None, "checked at the start"
+    try:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    except OSError as error:
+        from dfed.report.tables import drop_output
 
-    config = _config_to_plan(words, options)
-    prepared = overview.prepare_to_plan(config)
-    chain, store = prepared.chain, planner.Store.of_user(config.data.cache)
-    names = None if options.strategies is None else [name for name in options.strategies.split(",") if name]
-    budget = prepared.fleet.profile(0).budget_bytes if options.model else None
-    strategies, ways, units, seconds = [], [], [], []
-    if not options.model or names:
-        with _naming("--strategies"):
-            choices = overview.choices(config, names)
-        for choice in choices:
-            rows = overview.fleet_rows(prepared, choice)
-            strategies.append((choice.name, rows, overview.participation(prepared, rows)))
-    split = None if options.split in (None, "auto") else _whole("--split", options.split)
-    if options.model or options.train or options.split:
-        with _naming("--train"):
-            ways = planner.ways(chain, config.client, budget, train=options.train, split=split,
-                                any_split=options.split == "auto", store=store)
-    if options.units or options.measure:
-        units = planner.profile_chain(chain, store)
-    if options.measure:
-        seconds = planner.measure_units(chain, config.client.batch_size, prepared.device, store=store)
-    if options.json:
-        title = {"model": config.model.name, "num_params": sum(p.numel() for p in chain.parameters()),
-                 "batch_size": config.client.batch_size, "budget_bytes": budget}
-        print(report.as_json(title, strategies, ways, units, seconds))
-        return 0
-    terminal = Terminal(highlight=False)
-    terminal.width = max(terminal.width, _TABLE_WIDTH)  # a long line wraps; a table made narrow would lose digits
-    if units:
-        report.show_units(units, seconds, config.client.batch_size, terminal)
-    if ways:
-        report.show_ways(ways, config.client.batch_size, budget, terminal)
-    report.show_fleet(strategies, terminal)
+        drop_output()
+        if isinstance(error, BrokenPipeError):
+            return 0
+        print(f"dfed: standard output cannot be written: {error.strerror}", file=sys.stderr)
+        return EXIT_FAILED
     return 0
 
 
-def _config_to_plan(words: list[str], options: argparse.Namespace) -> Config:
-    """The config that ``dfed plan`` looks at: a file's, or that of one device with the model asked about."""
-    from dfed.config import load_config
-
-    overrides = [word for word in words if "=" in word]
-    files = [word for word in words if "=" not in word]
-    if (len(files) == 1) == (options.model is not None):
-        raise ConfigError([Fault("CONFIG", "must be one YAML file, or else --model NAME, exactly one of the two.")])
-    if files:
-        if options.budget is not None:
-            raise ConfigError([Fault("--budget", "must go with --model; a config has its budgets in `fleet`.")])
-        return load_config(files[0], overrides)
-    from dfed.fleet.settings import parse_memory
-
-    try:
-        parse_memory(options.budget)
-    except ValueError as error:
-        raise ConfigError([Fault("--budget", str(error))]) from error
-    shape = [_whole("--shape", part) for part in options.shape.split(",")]
-    classes = _whole("--classes", options.classes)
-    data = {"dataset": "synthetic", "shape": shape, "classes": classes, "samples": max(100, classes), "test_samples": classes}
-    return load_config(None, overrides, base={
-        "rounds": 1, "cohort": 1, "model": options.model, "data": data,
-        "fleet": {"clients": 1, "tiers": [{"name": "device", "count": 1, "memory": options.budget}]},
-    })
-
-
-@contextmanager
-def _naming(field: str) -> Iterator[None]:
-    """A name that is not known is a fault of this option."""
-    from dfed.registry import UnknownName
-
-    try:
-        yield
-    except UnknownName as error:
-        raise ConfigError([Fault(field, str(error))]) from error
-
-
-def _whole(field: str, text: str) -> int:
-    try:
-        return int(text)
-    except ValueError:
-        raise ConfigError([Fault(field, f"must be a whole number, but is '{text}'.")]) from None
-
-
-def _to_pipe(command: Callable[[], int]) -> int:
-    """Run a command, and end quietly where the reader has seen enough, as with ``dfed list | head -1``."""
-    try:
-        status = command()
-        sys.stdout.flush()
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more when it ends
-        return 0
-    return status
-
-
-def _list() -> int:
+def _list() -> str:
     from dfed.registry import ALL
 
+    lines = []
     for title, registry in ALL.items():
-        print(f"{title}:")
-        for name in registry:
-            print(f"  {name:18} {registry.summary(name)}")
-    return 0
+        lines += [f"{title}:", *(f"  {name:18} {registry.summary(name)}" for name in registry)]
+    return "\n".join([*lines, ""])
 
 
 def _run(words: list[str], options: argparse.Namespace) -> int:

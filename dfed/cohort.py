@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
-import torch
 
 from dfed.client import ClientReport, Forms, Worker
 from dfed.comm import Message, Transport, wire
-from dfed.comm.partial_sums import value_range, weight_scale
+from dfed.comm.partial_sums import SumsBuffer, value_range, weight_scale
 from dfed.data import Partition
 from dfed.fleet import Cost, Fleet, client_cost, round_time
 from dfed.plan import Plan
@@ -35,7 +34,12 @@ class Sampler(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """What every rank knows of a run: the same objects, made from the same config, on every rank."""
+    """What every rank knows of a run: the same objects, made from the same config, on every rank.
+
+    Attributes:
+        clients_folder: On the server: where clients keep their states; None if they have none.
+        body: On the server: holds what is broadcast, from round to round.
+    """
 
     seed: int
     rounds: int
@@ -52,9 +56,13 @@ class Job:
     costs: Costs
     refuses_over_budget: bool
     forms: Forms
+    error_feedback: bool
+    clients_folder: str | None
     rate_factor: Callable[[int], float]
     transport: Transport
     worker: Worker | None
+    sums: SumsBuffer = field(default_factory=SumsBuffer)
+    body: wire.Buffer = field(default_factory=wire.Buffer)
     stop_requested: Callable[[], bool]
 
 
@@ -122,16 +130,20 @@ def _assign(costs: Mapping[int, float], ranks: Sequence[int]) -> dict[int, int]:
 
 def encode_order(job: Job, state: ServerState, cohort: Cohort) -> Message:
     """The round's broadcast: every rank's tasks, and each block that someone in the cohort needs, encoded once."""
-    chosen = {client: plan for client, plan in cohort.plans.items() if client in cohort.ranks}
     weights = {client: job.partition.num_samples(client) for client in cohort.plans if client not in cohort.dropped}
     tasks: dict[str, list[dict[str, Any]]] = {str(rank): [] for rank in job.transport.client_ranks}
-    for client, plan in chosen.items():
+    plans: dict[str, tuple[int, Plan]] = {}  # each different one crosses once
+    for client, rank in cohort.ranks.items():
+        plan = cohort.plans[client]
+        number, _ = plans.setdefault(plan.shape_key(), (len(plans), plan))
+        task = {"client": client, "plan": number, "weight": weights[client]}
         budget = job.fleet.profile(client).budget_bytes
-        tasks[str(cohort.ranks[client])].append(
-            {"plan": plan.to_json(), "weight": weights[client], "budget_bytes": budget,
-             "peak_bytes": job.costs.peak_bytes(plan) if budget is not None else 0}
-        )
-    forms = [job.forms.of(plan) for plan in chosen.values()]
+        if budget is not None:
+            task |= {"budget_bytes": budget, "peak_bytes": job.costs.peak_bytes(plan)}
+        if client in state.clients:
+            task["state"] = state.clients[client]
+        tasks[str(rank)].append(task)
+    forms = [job.forms.of(plan) for _, plan in plans.values()]
     held: dict[str, set[str]] = {}
     for entry in (entry for form in forms for entry in form.down):
         held.setdefault(entry.name, set()).add(entry.codec)
@@ -142,15 +154,16 @@ def encode_order(job: Job, state: ServerState, cohort: Cohort) -> Message:
     )
     meta = {
         "round": state.round_index,
+        "plans": [plan.to_json() for _, plan in plans.values()],
         "tasks": tasks,
+        "clients_folder": job.clients_folder,
         "exchange": job.exchange,
         "scale": weight_scale(sum(weights.values())),  # refused clients count, as those that fail for real do
         "ranges": {name: value_range(state.params[name]) for name in job.shapes if name in sent_up},
         "rate_factor": job.rate_factor(state.round_index),
         "up_names": [name for name in job.shapes if name in sent_up],
     }
-    return wire.encode("round", meta, entries, state.params, torch.zeros(body_bytes, dtype=torch.uint8),
-                       seed=job.seed)
+    return wire.encode("round", meta, entries, state.params, job.body.of(body_bytes), seed=job.seed)
 
 
 def client_rows(job: Job, cohort: Cohort, reports: Sequence[Mapping[str, Any]], round_index: int) -> list[dict[str, Any]]:
@@ -175,6 +188,7 @@ def _client_row(job: Job, cohort: Cohort, report: Mapping[str, Any]) -> dict[str
     client, plan = report["client"], cohort.plans[report["client"]]
     profile, num_samples = job.fleet.profile(client), job.partition.num_samples(client)
     down, up = sum(report["bytes_down"].values()), sum(report["bytes_up"].values())
+    form = job.forms.of(plan)
     done = report["status"] == "completed"
     cost = client_cost(profile, flops=job.costs.flops(plan, num_samples) if done else 0.0, bytes_down=down, bytes_up=up)
     return {
@@ -188,6 +202,7 @@ def _client_row(job: Job, cohort: Cohort, report: Mapping[str, Any]) -> dict[str
         "bytes_up": up,
         "bytes_down": down,
         "bytes_header": report["bytes_down"].get("header", 0) + report["bytes_up"].get("header", 0),
+        "bytes_by_block": {"down": form.down_blocks, "up": form.up_blocks if up else {}},
         "sim_time_s": cost.total_s,
         "energy_j": cost.energy_j,
     }
@@ -203,7 +218,19 @@ def round_row(cohort: Cohort, clients: Sequence[Mapping[str, Any]], round_index:
         "round": round_index,
         "train_loss": sum(row["loss"] * row["num_visits"] for row in completed) / visits if visits else None,
         "clients": {"selected": len(clients), **counts, "ineligible": cohort.ineligible, "unavailable": cohort.unavailable},
-        "bytes": {"up": sum(row["bytes_up"] for row in clients), "down": sum(row["bytes_down"] for row in clients)},
+        "bytes": {"up": sum(row["bytes_up"] for row in clients), "down": sum(row["bytes_down"] for row in clients),
+                  "by_block": {direction: _by_block(clients, direction) for direction in ("down", "up")}},
         "sim_time_s": round_time(costs),
         "energy_j": sum(row["energy_j"] for row in clients),
     }
+
+
+def _by_block(clients: Sequence[Mapping[str, Any]], direction: str) -> dict[str, dict[str, int]]:
+    """Bytes of all clients' tensors by block and part, headers apart."""
+    total: dict[str, dict[str, int]] = {}
+    for row in clients:
+        for block, parts in row["bytes_by_block"][direction].items():
+            mine = total.setdefault(block, {})
+            for part, size in parts.items():
+                mine[part] = mine.get(part, 0) + size
+    return total

@@ -20,6 +20,7 @@ from dfed.checkpoint import CheckpointSettings
 from dfed.choices import Choice, CodecChoice, check, choose, options_of
 from dfed.client import ClientSettings, client_conflicts
 from dfed.comm import BackendSettings
+from dfed.comm.codecs import codec_of
 from dfed.data import DATASET_GIVEN, PARTITIONER_GIVEN
 from dfed.errors import ConfigError, Fault
 from dfed.faults import shown, unknown_setting, unusable_numbers
@@ -85,6 +86,7 @@ class Config:
     dataset_options: Mapping[str, Any]
     partition: Choice
     codecs: Mapping[str, CodecChoice]
+    error_feedback: bool
     fleet: FleetSettings
     client: ClientSettings
     server: ServerSettings
@@ -109,7 +111,8 @@ class Config:
             "server": {**self.server.model_dump(), "optimizer": self.server_optimizer.to_dict()},
             "sampler": self.sampler.to_dict(),
             "exchange": self.exchange,
-            "codecs": {direction: choice.to_dict() for direction, choice in self.codecs.items()},
+            "codecs": {**{direction: choice.to_dict() for direction, choice in self.codecs.items()},
+                       "error_feedback": self.error_feedback},
             "memory": self.memory.model_dump(),
             "backend": self.backend.model_dump(),
             "metrics": self.metrics.model_dump(),
@@ -222,11 +225,15 @@ def _server_parts(raw: Any, parts: dict[str, Any], faults: list[Fault]) -> None:
 
 
 def _codec_parts(raw: Any, parts: dict[str, Any], faults: list[Fault]) -> None:
-    parts["codecs"] = {}
+    parts["codecs"], parts["error_feedback"] = {}, False
     if not isinstance(raw, Mapping):
         faults.append(Fault("codecs", f"must be a group of settings, but is {shown(raw)}."))
         return
-    faults.extend(Fault(f"codecs.{key}", unknown_setting(str(key), _DIRECTIONS)) for key in raw if key not in _DIRECTIONS)
+    known = (*_DIRECTIONS, "error_feedback")
+    faults.extend(Fault(f"codecs.{key}", unknown_setting(str(key), known)) for key in raw if key not in known)
+    parts["error_feedback"] = raw.get("error_feedback", False)
+    if type(parts["error_feedback"]) is not bool:
+        faults.append(Fault("codecs.error_feedback", f"must be true or false, but is {shown(parts['error_feedback'])}."))
     for direction in _DIRECTIONS:
         field = f"codecs.{direction}"
         choice = choose(raw.get(direction, "fp32"), field, CODECS, (), faults)
@@ -234,6 +241,11 @@ def _codec_parts(raw: Any, parts: dict[str, Any], faults: list[Fault]) -> None:
             faults.append(Fault(field, f"must be one of {', '.join(CODECS)}, but is {shown(choice.name)}."))
         elif choice is not None:
             parts["codecs"][direction] = CodecChoice(choice.name, choice.options)
+    up = parts["codecs"].get("up")
+    if parts["error_feedback"] is True and up is not None and not codec_of(up.spec).of_change:
+        useful = ", ".join(name for name in CODECS if CODECS.get(name).of_change)
+        faults.append(Fault("codecs.error_feedback", f"must be false unless `codecs.up` is one of {useful}, but is true with "
+                                                     f"'{up.name}', which leaves nothing out that could be made up for."))
 
 
 def _cross_check(raw: Mapping[str, Any], faults: list[Fault]) -> None:

@@ -8,12 +8,14 @@ import signal
 import time
 from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from dfed import checkpoint, rng
 from dfed.client import DEFAULT_CODEC, Evaluation, combine
+from dfed.client.home import ClientHome
 from dfed.comm import Message, choose_device, join, wire
 from dfed.config import Config
 from dfed.errors import CheckpointError, RankLost, WireError
@@ -50,7 +52,7 @@ def execute(config: Config, *, folder: RunFolder | None, state: ServerState | No
     stop = StopFlag()
     stop.install()  # not before: there was nothing to save, and a rank that waits for the others would not notice
     try:
-        run = assemble(prepared, link, stop)
+        run = assemble(prepared, link, stop, clients_folder=folder.clients if folder is not None else None)
         if link.transport.is_server:
             assert folder is not None, "the server needs a run folder"
             status = Leader(run, folder, state=state, start=start).lead()
@@ -77,13 +79,15 @@ class Leader:
     def __init__(self, run: Run, folder: RunFolder, *, state: ServerState | None, start: float):
         self._run, self._folder, self._config = run, folder, run.config
         self.state = state or self._first_state()
+        self._home = self._clients_home()
         self._saved, self._stopped, self._warned_empty = self.state.round_index, False, False
         self._evaluation: Evaluation | None = None
         self._console = Console(run.config, run.job, run.link)
         self._console.started(folder.path, self.state.round_index, time.perf_counter() - start)
         folder.write_environment(run.link, run.config)
         self._writer = MetricsWriter(
-            folder.path, next_round=self.state.round_index, tensorboard=run.config.metrics.tensorboard
+            folder.path, next_round=self.state.round_index, tensorboard=run.config.metrics.tensorboard,
+            bytes_by_block=run.config.metrics.bytes_by_block,
         )
 
     def lead(self) -> int:
@@ -151,8 +155,22 @@ class Leader:
     def _save(self) -> None:
         settings = self._config.checkpoint
         fingerprint = self._config.fingerprint(self._run.link.device.type)
+        if self._home is not None:
+            self._home.flush({c: v for c, v in self.state.clients.items() if v >= self._saved})
         checkpoint.save(self._folder.checkpoints, self.state, fingerprint, settings.keep)
+        if self._home is not None:
+            self._home.prune([self.state.clients, *checkpoint.client_versions(self._folder.checkpoints)])
         self._saved = self.state.round_index
+
+    def _clients_home(self) -> ClientHome | None:
+        """Where clients keep their states, ready for use; None if they keep none."""
+        folder = self._run.job.clients_folder
+        if folder is None:
+            return None
+        home = ClientHome(Path(folder))
+        home.folder.mkdir(parents=True, exist_ok=True)
+        home.check(self.state.clients)
+        return home
 
     def _first_state(self) -> ServerState:
         run = self._run
@@ -165,8 +183,7 @@ class Leader:
         state, job = state or self.state, self._run.job
         block_of = job.strategy.problem.splitting.block_of
         entries, body_bytes = wire.layout((n, block_of(n), DEFAULT_CODEC, shape) for n, shape in job.shapes.items())
-        body = torch.zeros(body_bytes, dtype=torch.uint8)
-        message = wire.encode("evaluate", {"round": state.round_index}, entries, state.params, body)
+        message = wire.encode("evaluate", {"round": state.round_index}, entries, state.params, job.body.of(body_bytes))
         shards = _evaluate_shard(self._run, self._run.transport.broadcast(message))
         assert shards is not None, "the server gathers"
         return combine(shards)

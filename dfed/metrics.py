@@ -25,12 +25,14 @@ class MetricsSettings(Settings):
         batch_size: Mini-batch of the evaluation.
         split: Held-out samples to evaluate on: the ``test`` set, or the ``validation`` share of the training data.
         tensorboard: Whether to write TensorBoard events.
+        bytes_by_block: Whether each client's line also says what every block weighed; the rounds' lines always do.
     """
 
     every: Annotated[int, Field(ge=1)] = 1
     batch_size: Annotated[int, Field(ge=1)] = 500
     split: Literal["test", "validation"] = "test"
     tensorboard: bool = True
+    bytes_by_block: bool = False
 
 
 def empty_totals(tier_names: Sequence[str]) -> dict[str, Any]:
@@ -75,11 +77,12 @@ class MetricsWriter:
 
     Args:
         folder: The run folder.
+        bytes_by_block: Whether clients' lines keep this field.
         next_round: Rows of this round and later ones, left by an interrupted run, are dropped.
     """
 
-    def __init__(self, folder: Path, *, next_round: int, tensorboard: bool):
-        self._path = folder / "metrics.jsonl"
+    def __init__(self, folder: Path, *, next_round: int, tensorboard: bool, bytes_by_block: bool = False):
+        self._path, self._left_out = folder / "metrics.jsonl", () if bytes_by_block else ("bytes_by_block",)
         self._keep_rounds_before(next_round)
         self._file = self._path.open("a", encoding="utf-8")
         self._events = None
@@ -106,7 +109,8 @@ class MetricsWriter:
     def write(self, row: Mapping[str, Any], clients: Sequence[Mapping[str, Any]]) -> None:
         """Write a round's row and its clients' rows, and flush."""
         for client in clients:
-            self._file.write(json.dumps(finite({"kind": "client", **client})) + "\n")
+            kept = {name: value for name, value in client.items() if name not in self._left_out}
+            self._file.write(json.dumps(finite({"kind": "client", **kept})) + "\n")
         self._file.write(json.dumps(finite({"kind": "round", **row})) + "\n")
         self._file.flush()
         if self._events is not None:
@@ -124,6 +128,8 @@ class MetricsWriter:
 def _scalars(row: Mapping[str, Any], prefix: str = "") -> list[tuple[str, float]]:
     found: list[tuple[str, float]] = []
     for name, value in row.items():
+        if name == "by_block":
+            continue  # two curves for each block would bury the others
         if isinstance(value, Mapping):
             found += _scalars(value, f"{prefix}{name}/")
         elif isinstance(value, (int, float)) and not isinstance(value, bool) and name != "round":

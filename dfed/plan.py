@@ -91,6 +91,12 @@ class Plan:
         """The plan as a dictionary of JSON values."""
         return dataclasses.asdict(self)
 
+    def for_client(self, client: int) -> Plan:
+        """The same plan for another client."""
+        plan = dataclasses.replace(self, client=client)
+        plan.__dict__["_shape_key"] = self._shape_key  # what is known of this one holds for that one
+        return plan
+
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Plan:
         """The plan that :meth:`to_json` wrote, also after a trip through JSON text."""
@@ -112,9 +118,16 @@ class Plan:
 
     @cached_property
     def _shape_key(self) -> str:
-        value = self.to_json()
-        del value["client"]
-        return json.dumps(value, sort_keys=True)
+        if self.options or self.down or self.up:
+            value = self.to_json()
+            del value["client"]
+            return json.dumps(value, sort_keys=True)
+        return _plain_shape_key(tuple(self.hold), tuple(self.train), tuple(self.phases))
+
+
+@functools.lru_cache(maxsize=4096)
+def _plain_shape_key(hold: tuple[str, ...], train: tuple[str, ...], phases: tuple[Phase, ...]) -> str:
+    return json.dumps(["plain", hold, train, [dataclasses.astuple(phase) for phase in phases]])
 
 
 @functools.lru_cache(maxsize=4096)

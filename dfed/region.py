@@ -26,6 +26,10 @@ class Region:
         """Add ``value`` (of the region's shape, or a scalar) to these entries of ``target``, in place."""
         raise AssertionError("abstract")
 
+    def put_(self, target: Tensor, value: Tensor) -> None:
+        """Set these entries of ``target`` to ``value`` (of the region's shape), in place."""
+        raise AssertionError("abstract")
+
 
 @dataclass(frozen=True)
 class Whole(Region):
@@ -39,6 +43,9 @@ class Whole(Region):
 
     def add_(self, target: Tensor, value: Tensor | float) -> None:
         target.add_(value)
+
+    def put_(self, target: Tensor, value: Tensor) -> None:
+        target.copy_(value)
 
 
 WHOLE = Whole()
@@ -63,6 +70,9 @@ class Slices(Region):
 
     def add_(self, target: Tensor, value: Tensor | float) -> None:
         self.view(target).add_(value)
+
+    def put_(self, target: Tensor, value: Tensor) -> None:
+        self.view(target).copy_(value)
 
 
 @dataclass(frozen=True)
@@ -102,3 +112,6 @@ class Index(Region):
     def add_(self, target: Tensor, value: Tensor | float) -> None:
         grid = self._grid(target)
         target[grid] = target[grid] + value
+
+    def put_(self, target: Tensor, value: Tensor) -> None:
+        target[self._grid(target)] = value

@@ -84,7 +84,7 @@ class Registry:
             raise UnknownName(f"must be a known name, or have the form package.module:attribute, but is {target!r}.")
         try:
             return getattr(importlib.import_module(module_name), attribute)
-        except Exception as error:  # a user's module may raise anything while it is imported
+        except (Exception, SystemExit) as error:  # a user's module may raise anything while it is imported
             why = str(error) if isinstance(error, (ImportError, AttributeError)) else f"{type(error).__name__}: {error}"
             raise UnknownName(f"must name a {self.kind} that can be imported, but '{target}' cannot: {why}.") from error
 
@@ -97,8 +97,8 @@ class Registry:
 def calling(field: str, name: str) -> Iterator[None]:
     """Around calls of the function that a config names in ``field``: what it raises is a fault of that field.
 
-    Of a function of the user's own (``package.module:function``) that is anything; of one of dfed's, where an unforeseen
-    exception is a bug and keeps its traceback, a lack of memory and sizes that torch refuses.
+    Of a function of the user's own (``package.module:function``) that is anything, ``sys.exit`` included; of one of dfed's,
+    where an unforeseen exception is a bug and keeps its traceback, a lack of memory and sizes that torch refuses.
 
     Raises:
         ConfigError: With type and text of the exception, and the line of the user's file where it came from.
@@ -113,7 +113,7 @@ def calling(field: str, name: str) -> Iterator[None]:
         raise DataError(f"`{field}` '{name}': {error}") from error
     except DfedError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         if not own and not isinstance(error, (MemoryError, OverflowError, RuntimeError)):
             raise
         said = (str(error).partition("\n")[0][:_CHARACTERS] or "no text").rstrip(".")

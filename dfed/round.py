@@ -68,7 +68,9 @@ def lead_round(job: Job, state: ServerState) -> RoundResult:
     row["bytes"]["fabric"] = job.transport.fabric_bytes - fabric
     row["time_s"] = time.perf_counter() - start
     new = job.strategy.advance(state, new, row)
-    new = replace(new, infeasible=_infeasible(job, cohort, clients, state))
+    keepers = [report["client"] for report in reports if report["keeps_state"] and report["status"] == "completed"]
+    new = replace(new, infeasible=_infeasible(job, cohort, clients, state),
+                  clients={**state.clients, **dict.fromkeys(keepers, state.round_index)})
     new = replace(new, facts=json.loads(json.dumps(new.facts, allow_nan=False)))  # as a checkpoint would give them back
     return RoundResult(new, row, clients, any(part["stop"] for part in parts))
 
@@ -80,8 +82,7 @@ def take_part(job: Job, order: Message) -> tuple[PartialSums, list[dict[str, Any
         The sums (over all ranks on the server, undefined elsewhere), and on the server what each rank reported.
     """
     meta, transport = order.meta, job.transport
-    names = meta["up_names"]
-    sums = job.worker.sums(names) if job.worker else PartialSums({name: job.shapes[name] for name in names})
+    sums = job.sums.of({name: job.shapes[name] for name in meta["up_names"]})
 
     # 3. Take the clients assigned to this rank, and 4. train them one after another, each under its cap.
     tasks = meta["tasks"].get(str(transport.rank), [])
@@ -102,16 +103,15 @@ def take_part(job: Job, order: Message) -> tuple[PartialSums, list[dict[str, Any
 def _fold_updates(job: Job, order: Message, gathered: Sequence[Mapping[str, Any]], sums: PartialSums) -> None:
     """Take each client's own update from its rank and fold it (any order gives the same bits)."""
     meta, sent = order.meta, wire.decode_all(order, seed=job.seed)
-    plans = {task["plan"]["client"]: (Plan.from_json(task["plan"]), task["weight"])
-             for tasks in meta["tasks"].values() for task in tasks}
+    forms = [job.forms.of(Plan.from_json(plan)) for plan in meta["plans"]]
+    given = {task["client"]: (forms[task["plan"]], task["weight"]) for tasks in meta["tasks"].values() for task in tasks}
     for rank, part in enumerate(gathered):
         for report in part["reports"]:
             if report["status"] != "completed":
                 continue
             update = job.transport.receive(rank)
-            plan, weight = plans[report["client"]]
-            form = job.forms.of(plan)
-            form.check_update(update, meta["round"], plan.client, rank)
+            form, weight = given[report["client"]]
+            form.check_update(update, meta["round"], report["client"], rank)
             try:
                 sums.add(form.decode_update(update, form.received(sent)), form.regions, weight * meta["scale"], meta["ranges"])
             except UpdateRejected as error:

@@ -7,6 +7,7 @@ import math
 import os
 import signal
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -150,12 +151,16 @@ def _check_host(config: Config, data: DataSplits, chain: Chain) -> None:
         raise ConfigError([Fault("metrics.batch_size", message)])
 
 
-def assemble(prepared: Prepared, link: Link, stop: StopFlag) -> Run:
-    """This rank's part of the run, now that it knows its place among the others."""
+def assemble(prepared: Prepared, link: Link, stop: StopFlag, *, clients_folder: Path | None = None) -> Run:
+    """This rank's part of the run, now that it knows its place among the others.
+
+    Args:
+        clients_folder: On the server: where clients that keep a state have it.
+    """
     config, data = prepared.config, prepared.data
     if link.device.type == "cuda":
         torch.use_deterministic_algorithms(True, warn_only=True)
-    job = _job(prepared, link, stop)
+    job = _job(prepared, link, stop, clients_folder)
     held_out = data.test if config.metrics.split == "test" else data.validation
     assert held_out is not None, "checked with the config"
     evaluator = Evaluator(prepared.chain.skeleton(), held_out, batch_size=config.metrics.batch_size, device=link.device)
@@ -165,16 +170,17 @@ def assemble(prepared: Prepared, link: Link, stop: StopFlag) -> Run:
     return Run(config=config, job=job, link=link, chain=prepared.chain, evaluator=evaluator)
 
 
-def _job(prepared: Prepared, link: Link, stop: StopFlag) -> Job:
+def _job(prepared: Prepared, link: Link, stop: StopFlag, clients_folder: Path | None) -> Job:
     config, planning, fleet, transport = prepared.config, prepared.planning, prepared.fleet, link.transport
     worker = None
     if transport.is_client:
         cap = make_cap(config.memory, link.device, has_budgets=fleet.has_budgets)
         worker = Worker(
             planning.strategy, prepared.data.train, prepared.partition, config.client, shapes=planning.shapes, cap=cap,
-            forms=planning.forms, device=link.device, seed=config.seed,
+            forms=planning.forms, device=link.device, seed=config.seed, error_feedback=config.error_feedback,
             abandoned=lambda: stop.is_set and transport.abandoned(),
         )
+    keeps_state = config.error_feedback or planning.strategy.keeps_state
     parameters = dict(planning.strategy.problem.chain.named_parameters())
     return Job(
         seed=config.seed, rounds=config.rounds, cohort=config.cohort, exchange=config.exchange,
@@ -183,7 +189,9 @@ def _job(prepared: Prepared, link: Link, stop: StopFlag) -> Job:
         partition=prepared.partition,
         sampler=SAMPLERS.get(config.sampler.name)(**config.sampler.options),
         optimizer=SERVER_OPTIMIZERS.get(config.server_optimizer.name)(**config.server_optimizer.options),
-        costs=planning.costs, forms=planning.forms, refuses_over_budget=config.memory.enforce == "predicted",
+        costs=planning.costs, forms=planning.forms, error_feedback=config.error_feedback,
+        clients_folder=str(clients_folder.resolve()) if clients_folder is not None and keeps_state else None,
+        refuses_over_budget=config.memory.enforce == "predicted",
         rate_factor=lambda round_index: config.client.schedule.at(round_index, config.rounds),
         transport=transport, worker=worker, stop_requested=lambda: stop.is_set,
     )

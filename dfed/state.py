@@ -21,6 +21,7 @@ class ServerState:
         slots: The server optimiser's tensors, by parameter name, then slot name.
         facts: What the strategy remembers besides; JSON values only.
         totals: Running totals of the metrics; JSON values only.
+        clients: Of each client that keeps a state, the round in which it wrote the newest; see :mod:`dfed.client.home`.
         infeasible: ``Plan.cost_key`` of each plan that ran out of memory, and the largest budget, in bytes, on which it did.
     """
 
@@ -29,4 +30,5 @@ class ServerState:
     slots: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
     facts: Mapping[str, Any] = field(default_factory=dict)
     totals: Mapping[str, Any] = field(default_factory=dict)
+    clients: Mapping[int, int] = field(default_factory=dict)
     infeasible: Mapping[str, int] = field(default_factory=dict)

@@ -1,13 +1,17 @@
 """The wire form of a plan: which tensors cross, in which part and codec, and what they weigh in bytes.
 
 Bytes are those of the messages as they are encoded: the prefix and JSON header with the padding that aligns tensors
-(``header``), and the encoded entries (``values``).
+(``header``), and the encoded entries (``values``, and where the codec has them ``scales``, ``indices`` and ``mask``).
+
+Error feedback (Seide et al. 2014; Karimireddy et al. 2019): what a codec left out of a client's change is kept by the client
+and added to its change the next time that it sends this tensor.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -27,6 +31,9 @@ PREFIX_BYTES = 24
 
 DEFAULT_CODEC = "fp32"
 """The codec of a block that a plan does not name."""
+
+
+_NONE: Mapping[str, Tensor] = {}
 
 
 @dataclass(frozen=True)
@@ -61,16 +68,18 @@ class Form:
         return {entry.name: self.regions[entry.name].view(values[entry.name, entry.codec]) for entry in self.down}
 
     def encode_update(
-        self, round_index: int, client: int, tensors: Mapping[str, Tensor], base: Mapping[str, Tensor]
+        self, round_index: int, client: int, tensors: Mapping[str, Tensor], base: Mapping[str, Tensor],
+        errors: Mapping[str, Tensor] = _NONE,
     ) -> Message:
         """The update of one client as a message with a body of its own.
 
         Args:
-            tensors: What the strategy sends up, by name.
+            tensors: What the strategy sends up, by name; float32, as the wire has them.
             base: What the client :meth:`received`: some codecs are for the change against it.
+            errors: What earlier updates left out, by name, to be made up for.
         """
         body = torch.zeros(self.up_body_bytes, dtype=torch.uint8)
-        given = {entry.name: _to_encode(entry, tensors, base) for entry in self.up}
+        given = {entry.name: _to_encode(entry, tensors, base, errors) for entry in self.up}
         return wire.encode("update", _meta(round_index, client), self.up, given, body, seed=self.seed)
 
     def decode_update(self, message: Message, base: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -93,11 +102,12 @@ class Form:
                             f"'{message.kind}' {dict(message.meta)} with {len(message.entries)} tensors.")
 
     def through_codecs(
-        self, round_index: int, client: int, tensors: Mapping[str, Tensor], base: Mapping[str, Tensor]
+        self, round_index: int, client: int, tensors: Mapping[str, Tensor], base: Mapping[str, Tensor],
+        errors: Mapping[str, Tensor] = _NONE,
     ) -> dict[str, Tensor]:
         """What the server would decode from the update, without the message; the tensors themselves where exact.
 
-        Arguments as for :meth:`encode_update`. Tensors must be float32, as the wire has them.
+        Arguments as for :meth:`encode_update`.
         """
         wrong = {name: value.dtype for name, value in tensors.items() if value.dtype != torch.float32}
         assert not wrong, f"a strategy must upload float32, but uploads {wrong}"
@@ -108,34 +118,80 @@ class Form:
                 continue
             key = wire.codec_key(entry, self.seed, "update", meta)
             codec, data = wire.codec_of(entry.codec), torch.empty(entry.num_bytes, dtype=torch.uint8)
-            codec.encode_into(_to_encode(entry, tensors, base), data, key)
+            codec.encode_into(_to_encode(entry, tensors, base, errors), data, key)
             arrives[entry.name] = _decoded(entry, codec.decode(data, entry.shape, key), base)
         return arrives
 
+    def left_out(self, tensors: Mapping[str, Tensor], arrives: Mapping[str, Tensor],
+                 errors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What the server lacks of the update, by name, for those codecs that leave something of the change out.
+
+        Args:
+            tensors, errors: As given to the encoding.
+            arrives: What the server gets.
+        """
+        names = [entry.name for entry in self.up if wire.codec_of(entry.codec).of_change]
+        return {name: tensors[name] - arrives[name] + errors.get(name, 0.0) for name in names}
+
+    @cached_property
+    def down_blocks(self) -> dict[str, dict[str, int]]:
+        """Bytes of the payload's tensors by block and part, header apart."""
+        return _by_block(self.down)
+
+    @cached_property
+    def up_blocks(self) -> dict[str, dict[str, int]]:
+        """As :attr:`down_blocks`, of the update."""
+        return _by_block(self.up)
+
+    @cached_property
+    def _parts(self) -> dict[str, dict[str, int]]:
+        return {"payload": _total(self.down_blocks), "update": _total(self.up_blocks)}
+
     def _bytes(self, kind: str, entries: tuple[Entry, ...], body_bytes: int, round_index: int, client: int) -> dict[str, int]:
-        values = sum(entry.num_bytes for entry in entries)
+        parts = self._parts[kind]
         key = (kind, len(str(round_index)), len(str(client)))
         if key not in self._lengths:
             message = Message(kind, _meta(round_index, client), entries, torch.empty(body_bytes, dtype=torch.uint8,
                                                                                      device="meta"))
             self._lengths[key] = wire.encode_header(message.header()).numel()
-        return {"header": PREFIX_BYTES + self._lengths[key] + body_bytes - values, "values": values}
+        return {"header": PREFIX_BYTES + self._lengths[key] + body_bytes - sum(parts.values()), **parts}
 
 
 def _meta(round_index: int, client: int) -> dict[str, int]:
     return {"round": round_index, "client": client}
 
 
-def _to_encode(entry: Entry, tensors: Mapping[str, Tensor], base: Mapping[str, Tensor]) -> Tensor:
-    """The value, or its change where the codec is for that.
+def _by_block(entries: tuple[Entry, ...]) -> dict[str, dict[str, int]]:
+    blocks: dict[str, dict[str, int]] = {}
+    for entry in entries:
+        block = blocks.setdefault(entry.block, {})
+        for part, size in wire.codec_of(entry.codec).parts(entry.shape).items():
+            block[part] = block.get(part, 0) + size
+    return blocks
+
+
+def _total(blocks: Mapping[str, Mapping[str, int]]) -> dict[str, int]:
+    total = {"values": 0}
+    for block in blocks.values():
+        for part, size in block.items():
+            total[part] = total.get(part, 0) + size
+    return total
+
+
+def _to_encode(entry: Entry, tensors: Mapping[str, Tensor], base: Mapping[str, Tensor], errors: Mapping[str, Tensor]) -> Tensor:
+    """The value, or its change, with what was left out before, where the codec is for that.
 
     Raises:
         UpdateRejected: If it is not finite and the codec cannot say so.
     """
     value = tensors[entry.name]
+    assert value.dtype == torch.float32, f"a strategy must upload float32, but uploads {entry.name} as {value.dtype}"
     if entry.codec != DEFAULT_CODEC and not bool(torch.isfinite(value).all()):
         raise UpdateRejected("non_finite", f"tensor '{entry.name}' must be finite, but has entries that are not.")
-    return value - base[entry.name] if wire.codec_of(entry.codec).of_change else value
+    if not wire.codec_of(entry.codec).of_change:
+        return value
+    change = value - base[entry.name]
+    return change + errors[entry.name] if entry.name in errors else change
 
 
 def _decoded(entry: Entry, value: Tensor, base: Mapping[str, Tensor]) -> Tensor:

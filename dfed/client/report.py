@@ -28,6 +28,7 @@ class ClientReport:
         num_visits, num_steps: Samples seen, repetitions counted, and optimiser steps.
         peak_bytes: Measured peak of the memory that training added; None where it was not measured.
         bytes_down, bytes_up: By part of the message (header, values).
+        keeps_state: Whether the client left a state for its next turn.
         time_s: Wall time on this rank.
     """
 
@@ -41,6 +42,7 @@ class ClientReport:
     peak_bytes: int | None = None
     bytes_down: dict[str, int]
     bytes_up: dict[str, int]
+    keeps_state: bool = False
     time_s: float = 0.0
 
     def note(self, error: Exception, cap_bytes: int | None) -> None:

@@ -23,6 +23,7 @@ from dfed.strategies import Strategy
 __all__ = ["Batches", "LocalResult", "Skeleton", "rehearse", "run_plan"]
 
 Batches = Callable[[Phase], Iterable[tuple[Tensor, Tensor]]]
+_NOTHING: Mapping[str, Tensor] = {}
 
 
 @dataclass(frozen=True)
@@ -31,12 +32,14 @@ class LocalResult:
 
     Attributes:
         update: Tensors to send up, by name, where they were trained.
+        client_state: What the strategy has the client remember, likewise.
         loss_sum: Sum over all visits of the samples' loss, float32 scalar tensor.
         num_visits: Samples that passed through the model, repetitions counted.
         num_steps: Optimiser steps taken.
     """
 
     update: dict[str, Tensor]
+    client_state: Mapping[str, Tensor]
     loss_sum: Tensor
     num_visits: int
     num_steps: int
@@ -115,6 +118,7 @@ def run_plan(
     device: torch.device,
     generator: torch.Generator | None,
     after_batch: Callable[[], None] = lambda: None,
+    client_state: Mapping[str, Tensor] = _NOTHING,
 ) -> LocalResult:
     """Train one client. Everything it allocates counts against the client's budget.
 
@@ -126,6 +130,7 @@ def run_plan(
         rate_factor: The round's factor on the learning rate.
         generator: For the layers that draw numbers, on ``device``.
         after_batch: Called after each step; may raise to abandon the training.
+        client_state: What the client remembers, on the CPU.
     """
     model = skeleton.model
     skeleton.load(values, device)
@@ -135,7 +140,7 @@ def run_plan(
     if settings.activation_checkpointing:
         assert isinstance(model, Chain), "activation checkpointing works on chains: a strategy must build one"
         model.recompute = True
-    strategy.receive(model, {}, plan)
+    strategy.receive(model, client_state, plan)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = make_optimizer(settings, parameters, rate_factor)
     loss_sum, num_visits, num_steps = torch.zeros((), device=device), 0, 0
@@ -159,7 +164,9 @@ def run_plan(
             sent = strategy.upload(name, tensor.detach(), regions[name], plan)
             if sent is not None:
                 update[name] = sent
-    return LocalResult(update, loss_sum, num_visits, num_steps)
+    if strategy.keeps_state:
+        client_state = {name: value.detach() for name, value in strategy.remember(model, client_state, plan).items()}
+    return LocalResult(update, client_state, loss_sum, num_visits, num_steps)
 
 
 def rehearse(strategy: Strategy, plan: Plan, skeleton: Skeleton, values: Mapping[str, Tensor], regions: Mapping[str, Region],

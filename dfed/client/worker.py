@@ -7,8 +7,9 @@ import itertools
 import logging
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from dfed import rng
 from dfed.client.forms import Form, Forms
+from dfed.client.home import ClientHome, errors_of, next_state, own_state
 from dfed.client.report import ClientReport
 from dfed.client.settings import ClientSettings, make_optimizer
 from dfed.client.thread import TrainingThread
@@ -26,7 +28,7 @@ from dfed.comm import wire
 from dfed.comm.partial_sums import PartialSums, check_values
 from dfed.comm.wire import Message
 from dfed.data import AUGMENTATIONS, Dataset, Partition, client_batches
-from dfed.errors import RankLost, UpdateRejected
+from dfed.errors import CheckpointError, RankLost, UpdateRejected
 from dfed.plan import Phase, Plan
 from dfed.strategies import Strategy
 
@@ -39,7 +41,11 @@ _LOOKED_AT = 4096
 
 @dataclass(frozen=True)
 class _Down:
-    """What one round's broadcast says, decoded once for all clients of the rank."""
+    """What one round's broadcast says, decoded once for all clients of the rank.
+
+    Attributes:
+        received: What clients get, by ``Plan.shape_key``: the same for all of one plan.
+    """
 
     round_index: int
     values: Mapping[tuple[str, str], Tensor]
@@ -47,6 +53,8 @@ class _Down:
     ranges: Mapping[str, float]
     rate_factor: float
     per_client: bool
+    home: ClientHome | None
+    received: dict[str, dict[str, Tensor]]
 
 
 class Worker:
@@ -56,6 +64,7 @@ class Worker:
         shapes: Of the global tensors, by name.
         cap: Holds clients to their budgets.
         forms: The wire form of each plan's messages.
+        error_feedback: Whether clients make up for what codecs left out of earlier updates.
         abandoned: Asked after every step; true ends the work with :class:`RankLost`.
     """
 
@@ -71,6 +80,7 @@ class Worker:
         forms: Forms,
         device: torch.device,
         seed: int,
+        error_feedback: bool,
         abandoned: Callable[[], bool],
     ):
         self._strategy, self._dataset, self._partition, self._settings = strategy, dataset, partition, settings
@@ -79,9 +89,9 @@ class Worker:
         self._augment = AUGMENTATIONS[settings.augment]
         self._skeletons: dict[str, Skeleton] = {}
         self._thread = TrainingThread(device, self._warm_up)
+        self._feeds_back = error_feedback
         self._measured: set[str] = set()
         self._warned: set[tuple[str, int | None]] = set()
-        self._sums: PartialSums | None = None
 
     def _warm_up(self) -> None:
         """One small step of the full model without a cap: loads what libraries load once, and keep for each thread."""
@@ -97,15 +107,6 @@ class Worker:
         F.cross_entropy(scores.float(), torch.zeros(2, dtype=torch.int64, device=self._device)).backward()
         optimizer.step()
 
-    def sums(self, names: Iterable[str]) -> PartialSums:
-        """Zeroed partial sums of these tensors; the buffer is kept from round to round."""
-        shapes = {name: self._shapes[name] for name in names}
-        if self._sums is None or self._sums.shapes != shapes:
-            self._sums = PartialSums(shapes)
-        else:
-            self._sums.clear()
-        return self._sums
-
     def work(
         self, message: Message, tasks: Iterable[Mapping[str, Any]], sums: PartialSums
     ) -> tuple[list[dict[str, Any]], list[Message]]:
@@ -113,7 +114,8 @@ class Worker:
 
         Args:
             message: The round's broadcast.
-            tasks: ``{"plan": …, "weight": …, "budget_bytes": …, "peak_bytes": …}`` for each client; the last is predicted.
+            tasks: For each client ``client``, the ``plan``'s number among the message's, ``weight``; ``budget_bytes`` and the
+                predicted ``peak_bytes`` if it has a budget; the version of its ``state`` if it has one.
             sums: Updates are folded into these, if the exchange is fused.
 
         Returns:
@@ -121,39 +123,54 @@ class Worker:
         """
         meta = message.meta
         values = wire.decode_all(message, seed=self._seed)
+        home = None if meta["clients_folder"] is None else ClientHome(Path(meta["clients_folder"]))
         down = _Down(meta["round"], values, meta["scale"], meta["ranges"], meta["rate_factor"],
-                     meta["exchange"] == "per_client")
+                     meta["exchange"] == "per_client", home, {})
+        if home is not None and not home.folder.is_dir():
+            raise CheckpointError(f"clients remember something from round to round, in {home.folder}, which every rank must "
+                                  "reach, but this one does not: put the run folder (--out) where all nodes see it.")
+        plans = [Plan.from_json(plan) for plan in meta["plans"]]
         reports, updates = [], []
         for task in tasks:
-            report, update = self._play(task, down, sums)
-            reports.append(asdict(report))
+            report, update = self._play(plans[task["plan"]].for_client(task["client"]), task, down, sums)
+            reports.append(dict(vars(report)))
             updates += [update] if update is not None else []
         return reports, updates
 
-    def _play(self, task: Mapping[str, Any], down: _Down, sums: PartialSums) -> tuple[ClientReport, Message | None]:
-        plan = Plan.from_json(task["plan"])
-        form = self._forms.of(plan)
+    def _play(
+        self, plan: Plan, task: Mapping[str, Any], down: _Down, sums: PartialSums
+    ) -> tuple[ClientReport, Message | None]:
+        form, budget_bytes = self._forms.of(plan), task.get("budget_bytes")
+        kept = {} if down.home is None else down.home.load(plan.client, task.get("state"))
         report = ClientReport(client=plan.client, bytes_down=form.down_bytes(down.round_index, plan.client), bytes_up={})
         start, update = time.perf_counter(), None
         try:
-            base = form.received(down.values)
-            train = partial(self._train, plan, form, base, task, down, report)
-            tensors = self._thread.run_under(self._cap, train)
+            base = down.received.get(plan.shape_key())
+            if base is None:
+                base = down.received[plan.shape_key()] = form.received(down.values)
+            train = partial(self._train, plan, form, base, task, down, report, own_state(kept))
+            tensors, remembered = self._thread.run_under(self._cap, train)
             report.bytes_up = form.up_bytes(down.round_index, plan.client)
-            arrives = form.through_codecs(down.round_index, plan.client, tensors, base)
+            errors = errors_of(kept, form) if self._feeds_back else {}
             if down.per_client:
+                update = form.encode_update(down.round_index, plan.client, tensors, base, errors)
+                arrives = form.decode_update(update, base)
                 for name, value in arrives.items():
                     check_values(name, value, down.ranges[name])
-                update = form.encode_update(down.round_index, plan.client, tensors, base)
             else:
+                arrives = form.through_codecs(down.round_index, plan.client, tensors, base, errors)
                 sums.add(arrives, form.regions, task["weight"] * down.scale, down.ranges)
-        except (RankLost, KeyboardInterrupt):
+            if down.home is not None:
+                left_out = form.left_out(tensors, arrives, errors) if self._feeds_back else {}
+                down.home.save(plan.client, down.round_index, next_state(kept, remembered, left_out, form, self._shapes))
+                report.keeps_state = True
+        except (RankLost, CheckpointError, KeyboardInterrupt):
             raise
         except UpdateRejected as error:
             report.status, report.reason, report.loss = "failed", error.reason, None
             report.detail = str(error) + (self._why_not_finite(plan) if error.reason == "non_finite" else "")
         except Exception as error:
-            report.note(error, task["budget_bytes"] if self._cap.enforces else None)
+            report.note(error, budget_bytes if self._cap.enforces else None)
         finally:
             self._unload(plan)
         report.time_s = time.perf_counter() - start
@@ -161,7 +178,8 @@ class Worker:
             gc.collect()
             if report.reason in ("oom", "host_memory"):
                 self._thread.replace()
-            self._warn(down.round_index, report, (plan.shape_key(), task["budget_bytes"]))
+            update = None
+            self._warn(down.round_index, report, (plan.shape_key(), budget_bytes))
         return report, update
 
     def _unload(self, plan: Plan) -> None:
@@ -178,7 +196,8 @@ class Worker:
         return self._skeletons[plan.shape_key()]
 
     def _train(self, plan: Plan, form: Form, values: Mapping[str, Tensor], task: Mapping[str, Any], down: _Down,
-               report: ClientReport) -> dict[str, Tensor]:
+               report: ClientReport, client_state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        budget_bytes = task.get("budget_bytes")
         skeleton = self._empty_skeleton(plan)
         indices = self._partition.indices(plan.client)
         generator = _device_generator(self._device, self._seed, "layers", down.round_index, plan.client)
@@ -193,28 +212,29 @@ class Worker:
                 drop_last=phase.drop_last,
             )
 
-        if self._cap.enforces and self._thread.must_rehearse(
-            plan, len(indices), peak_bytes=task["peak_bytes"], budget_bytes=task["budget_bytes"]
+        if self._cap.enforces and budget_bytes is not None and self._thread.must_rehearse(
+            plan, len(indices), peak_bytes=task["peak_bytes"], budget_bytes=budget_bytes
         ):
             shape = self._strategy.problem.chain.input_shape
             rehearse(self._strategy, plan, skeleton, values, form.regions, self._settings, input_shape=shape,
                      num_samples=len(indices), device=self._device)
             skeleton = self._empty_skeleton(plan)
         # At full batches a plan's peak is the same for every client: those without a budget need one measurement a plan.
-        measure_peak = task["budget_bytes"] is not None or plan.shape_key() not in self._measured
+        measure_peak = budget_bytes is not None or plan.shape_key() not in self._measured
         meter = None
         try:
-            with self._cap.guard(task["budget_bytes"], measure_peak=measure_peak) as meter:
+            with self._cap.guard(budget_bytes, measure_peak=measure_peak) as meter:
                 result = run_plan(
                     self._strategy, plan, skeleton, values, form.regions, batches, self._settings,
                     rate_factor=down.rate_factor, device=self._device, generator=generator, after_batch=self._after_batch,
+                    client_state=client_state,
                 )
                 report.loss = float(result.loss_sum) / max(1, result.num_visits)
         finally:
             report.peak_bytes = meter.peak_bytes if meter is not None else None
         self._measured.add(plan.shape_key())
         report.num_visits, report.num_steps = result.num_visits, result.num_steps
-        return {name: value.cpu() for name, value in result.update.items()}
+        return _on_cpu(result.update), _on_cpu(result.client_state)
 
     def _after_batch(self) -> None:
         if self._abandoned():
@@ -242,6 +262,10 @@ class Worker:
             return ""
         what = "data" if len(indices) < _LOOKED_AT else f"first {_LOOKED_AT} samples"
         return f" The client's {what} are finite: check the learning rate (`client.learning_rate`, `client.clip_norm`)."
+
+
+def _on_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value.cpu() for name, value in tensors.items()}
 
 
 def _device_generator(device: torch.device, seed: int, purpose: str, *keys: int) -> torch.Generator:

@@ -31,7 +31,7 @@ from torch import Tensor
 from dfed.errors import DfedError, UpdateRejected
 from dfed.region import Region
 
-__all__ = ["MIN_RANGE", "PartialSums", "value_range", "weight_scale"]
+__all__ = ["MIN_RANGE", "PartialSums", "SumsBuffer", "value_range", "weight_scale"]
 
 MIN_RANGE = 2.0**14
 _HEADROOM = 64.0
@@ -108,7 +108,7 @@ class PartialSums:
 
     def __init__(self, shapes: Mapping[str, tuple[int, ...]]):
         self.shapes = {name: tuple(shape) for name, shape in shapes.items()}
-        self._flat = torch.zeros(sum(math.prod(shape) for shape in self.shapes.values()), dtype=torch.float64)
+        self._flat = torch.empty(sum(math.prod(shape) for shape in self.shapes.values()), dtype=torch.float64)
         self._views: dict[str, Tensor] = {}
         offset = 0
         for name, shape in self.shapes.items():
@@ -116,6 +116,7 @@ class PartialSums:
             self._views[name] = self._flat[offset:offset + size].view(shape)
             offset += size
         self._offsets: dict[str, float] = {}  # what each tensor's sums stand above their values at present
+        self._unset = set(self.shapes)  # tensors whose sums are zero, though the buffer holds anything
         self._chunk = _CHUNK if torch.get_num_threads() == 1 else _UNDIVIDED
         self._scratch = torch.empty(self._chunk, dtype=torch.float64)
 
@@ -132,6 +133,9 @@ class PartialSums:
 
     def _settle(self) -> None:
         """Bring every sum from where it was kept to its value; exact."""
+        for name in self._unset:
+            self._views[name].zero_()
+        self._unset.clear()
         for name, offset in self._offsets.items():
             self._views[name].sub_(offset)
         self._offsets.clear()
@@ -139,7 +143,7 @@ class PartialSums:
     def clear(self) -> None:
         """Set all sums to zero."""
         self._offsets.clear()
-        self._flat.zero_()
+        self._unset = set(self.shapes)
 
     def add(
         self,
@@ -164,8 +168,12 @@ class PartialSums:
             check_values(name, value, ranges[name])
         for name, value in update.items():
             if name not in self._offsets:
-                self._offsets[name] = 1.5 * ranges[name]
-                self._views[name].add_(self._offsets[name])
+                offset = self._offsets[name] = 1.5 * ranges[name]
+                if name in self._unset:
+                    self._unset.remove(name)
+                    self._views[name].fill_(offset)
+                else:
+                    self._views[name].add_(offset)
             self._add_one(name, value, regions[name], _odd(weight))
 
     def _add_one(self, name: str, value: Tensor, region: Region, weight: float) -> None:
@@ -183,6 +191,21 @@ class PartialSums:
             sums[start:start + whole].add_(scratch[:whole], alpha=weight)
             if whole < stop - start:
                 sums[start + whole:stop].add_(_rounded(scratch[whole:], weight, offset))
+
+
+class SumsBuffer:
+    """Keeps the memory of a rank's partial sums from round to round."""
+
+    def __init__(self) -> None:
+        self._sums: PartialSums | None = None
+
+    def of(self, shapes: Mapping[str, tuple[int, ...]]) -> PartialSums:
+        """Zeroed sums of tensors of these shapes; those that were given before are overwritten."""
+        if self._sums is None or self._sums.shapes != shapes:
+            self._sums = PartialSums(shapes)
+        else:
+            self._sums.clear()
+        return self._sums
 
 
 def _rounded(value: Tensor, weight: float, offset: float) -> Tensor:

@@ -61,7 +61,10 @@ class Transport(ABC):
 
     @abstractmethod
     def broadcast(self, message: Message | None) -> Message:
-        """Server → all (collective). The server passes the message, the others None. Bodies arrive on the CPU."""
+        """Server → all (collective). The server passes the message, the others None. Bodies arrive on the CPU.
+
+        What arrives is good until the next broadcast, which may write over it.
+        """
 
     @abstractmethod
     def reduce(self, value: Tensor) -> None:
@@ -131,6 +134,7 @@ class ProcessGroup(Transport):
         self.rank, self.size, self.device = dist.get_rank(), dist.get_world_size(), device
         self._liveness = liveness
         self._round: Any = None
+        self._body = wire.Buffer()
 
     def broadcast(self, message: Message | None) -> Message:
         prefix = torch.zeros(3, dtype=torch.int64)
@@ -142,7 +146,7 @@ class ProcessGroup(Transport):
         magic, header_bytes, body_bytes = (int(number) for number in prefix)
         self._check_prefix(magic, header_bytes, body_bytes, source=_SERVER)
         header = header if header is not None else torch.empty(header_bytes, dtype=torch.uint8)
-        body = message.body if message is not None else torch.empty(body_bytes, dtype=torch.uint8)
+        body = message.body if message is not None else self._body.of(body_bytes)
         self._broadcast(header)
         if body_bytes:
             self._broadcast(body)

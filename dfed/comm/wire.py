@@ -21,6 +21,7 @@ from dfed.errors import WireError
 
 __all__ = [
     "ALIGNMENT",
+    "Buffer",
     "Entry",
     "Message",
     "codec_key",
@@ -81,6 +82,19 @@ class Message:
         }
 
 
+class Buffer:
+    """Keeps the memory of a message's body from one message to the next, which overwrites the one before."""
+
+    def __init__(self) -> None:
+        self._body = torch.empty(0, dtype=torch.uint8)
+
+    def of(self, num_bytes: int) -> Tensor:
+        """A uint8 tensor of this length, whose contents are not defined."""
+        if self._body.numel() != num_bytes:
+            self._body = torch.empty(num_bytes, dtype=torch.uint8)
+        return self._body
+
+
 def layout(tensors: Iterable[tuple[str, str, str, tuple[int, ...]]]) -> tuple[tuple[Entry, ...], int]:
     """Places in one body for tensors given as (name, block, codec, shape). Returns the entries and the body's length."""
     entries, offset = [], 0
@@ -97,11 +111,15 @@ def encode(
     """Encode ``tensors`` into ``body`` (uint8, as long as :func:`layout` said), which the message then refers to.
 
     Args:
+        entries: In the order of their offsets.
         seed: The run's; codecs that draw do so by it, the round, the client and the tensor's name.
     """
-    entries = tuple(entries)
+    entries, filled = tuple(entries), 0
     for entry in entries:
+        body[filled:entry.offset] = 0  # what lies between tensors crosses too
+        filled = entry.offset + entry.num_bytes
         codec_of(entry.codec).encode_into(tensors[entry.name], _part(body, entry), codec_key(entry, seed, kind, meta))
+    body[filled:] = 0
     return Message(kind, meta, entries, body)
 
 

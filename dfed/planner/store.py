@@ -32,7 +32,8 @@ _OWN = "classes of the user's own"
 class Store:
     """JSON values by key, each in a file of its own under the cache folder; losing it costs time only.
 
-    A folder that cannot be written is no error: values are then worked out anew each time.
+    A folder that cannot be written is no error: values are then worked out anew each time. So are those of a file whose
+    checksum does not fit what it holds, or the name it bears.
 
     Args:
         folder: See :func:`dfed.data.cache_folder`; None keeps everything in memory.
@@ -68,8 +69,9 @@ class Store:
         if self._folder is None:
             return None
         try:
-            return json.loads((self._folder / f"{key}.json").read_text(encoding="utf-8"))["value"]
-        except (OSError, ValueError, TypeError, KeyError):
+            kept = json.loads((self._folder / f"{key}.json").read_text(encoding="utf-8"))
+            return kept["value"] if kept["sha256"] == _checksum(key, kept["value"]) else None
+        except (OSError, ValueError, TypeError, KeyError, RecursionError):
             return None
 
     def _write(self, key: str, value: Any) -> None:
@@ -78,13 +80,19 @@ class Store:
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
             with tempfile.NamedTemporaryFile("w", dir=self._folder, suffix=".partial", delete=False, encoding="utf-8") as file:
-                json.dump({"value": value}, file)  # a file cut short is then no JSON, whatever the value
+                json.dump({"value": value, "sha256": _checksum(key, value)}, file)
             os.chmod(file.name, 0o644)  # a folder may be shared
             os.replace(file.name, self._folder / f"{key}.json")
         except OSError:
             for partial in self._folder.glob("*.partial"):
                 with contextlib.suppress(OSError):
                     partial.unlink()
+
+
+def _checksum(key: str, value: Any) -> str:
+    """By which a file is known to hold what was written for this key: hash of the key and the value's canonical text."""
+    text = json.dumps([key, value], sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 @functools.cache

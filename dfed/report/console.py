@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import logging
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.box import SIMPLE_HEAD
 from rich.console import Console as Terminal
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
 
 from dfed.cohort import Job
 from dfed.comm import Link
 from dfed.config import Config
+from dfed.report import tables
 from dfed.settings import format_bytes
 
 __all__ = ["Console", "causes"]
+
+logger = logging.getLogger(__name__)
 
 _CAUSES = {
     "oom": "out of memory",
@@ -32,7 +34,7 @@ class Console:
     """Writes to standard output: a live bar on a terminal, a line a round elsewhere.
 
     The bar is redrawn between rounds, never by a thread of its own: on one rank such a thread would allocate under a
-    client's cap.
+    client's cap. Where standard output takes no more, that is said once, and the run goes on without.
     """
 
     def __init__(self, config: Config, job: Job, link: Link, terminal: Terminal | None = None):
@@ -40,11 +42,12 @@ class Console:
         self._terminal = terminal or Terminal(soft_wrap=True, highlight=False)
         self._progress: Progress | None = None
         self._task: Any = None
+        self._is_lost = False
 
     def started(self, path: Path, round_index: int, seconds: float) -> None:
         """Say what is about to run."""
+        say = self._say
         config, transport, fleet = self._config, self._link.transport, self._job.fleet
-        say = self._terminal.print
         num_params = sum(_size(shape) for name, shape in self._job.shapes.items() if name not in self._job.buffers)
         say(f"dfed: {config.strategy.name}, {config.model.name} ({num_params:,} parameters), {config.data.dataset}, "
             f"{fleet.num_clients:,} clients, cohort {config.cohort}, rounds {config.rounds}")
@@ -56,11 +59,12 @@ class Console:
         say(f"ready in {seconds:.1f} s" + (f", going on after round {round_index}" if round_index else ""))
         if self._terminal.is_terminal:
             self._progress = Progress(
-                TextColumn("round"), MofNCompleteColumn(), BarColumn(), TimeRemainingColumn(), TextColumn("{task.description}"),
+                TextColumn("round"), MofNCompleteColumn(), BarColumn(), TimeRemainingColumn(),
+                TextColumn("{task.description}", markup=False),
                 console=self._terminal, auto_refresh=False,
             )
             self._task = self._progress.add_task("", total=config.rounds, completed=round_index)
-            self._progress.start()
+            self._try(self._progress.start)
 
     def round_done(self, row: Mapping[str, Any]) -> None:
         """Show a round's figures."""
@@ -76,32 +80,29 @@ class Console:
         text = " | ".join(parts)
         if self._progress is not None:
             self._progress.update(self._task, advance=1, description=text)
-            self._progress.refresh()
+            self._try(self._progress.refresh)
         else:
-            self._terminal.print(f"round {row['round'] + 1}/{self._config.rounds} | {text}")
+            self._say(f"round {row['round'] + 1}/{self._config.rounds} | {text}")
 
     def close(self) -> None:
         """Take the live bar away."""
         if self._progress is not None:
-            self._progress.stop()
+            self._try(self._progress.stop)
             self._progress = None
 
     def finished(self, summary: Mapping[str, Any], path: Path) -> None:
         """Show the table per tier, the totals and where everything lies."""
-        table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-        table.add_column("tier", no_wrap=True)
-        headings = ("clients", "took\npart", "out of\nmemory", "budget\nMiB", "peak\nMiB", "up\nMiB", "down\nMiB", "accuracy")
-        for heading in headings:
-            table.add_column(heading, justify="right", no_wrap=True)
+        table = tables.make_table("tier", "clients", "took\npart", "out of\nmemory", "budget\nMiB", "peak\nMiB", "up\nMiB",
+                                  "down\nMiB", "accuracy")
         for tier in summary["tiers"]:
             accuracy = tier["accuracy"]
-            table.add_row(
+            tables.add_row(table, [
                 tier["name"], f"{tier['clients']:,}", f"{tier['completed']} of {tier['selected']}", str(tier["oom"]),
                 *(_mebibytes(tier[name]) for name in ("budget_bytes", "peak_bytes", "bytes_up", "bytes_down")),
                 "–" if accuracy is None else f"{accuracy:.3f}",
-            )
-        say = self._terminal.print
-        say(table)
+            ])
+        self._try(lambda: self._terminal.print(table))
+        say = self._say
         if summary["accuracy"] is not None:
             say(f"{summary['split']} accuracy {summary['accuracy']:.4f}, loss {summary['loss']:.4f} "
                 f"after {summary['rounds']} rounds")
@@ -113,6 +114,20 @@ class Console:
         if not summary["finished"]:
             say(f"stopped on request after round {summary['rounds']}; go on with: python -m dfed run --resume {path}")
         say(f"run folder: {path}")
+
+    def _say(self, text: str) -> None:
+        self._try(lambda: tables.say(self._terminal, text))
+
+    def _try(self, show: Callable[[], None]) -> None:
+        if self._is_lost:
+            return
+        try:
+            show()
+        except (OSError, SystemExit) as error:  # by SystemExit rich would end the program when the reader has gone
+            self._is_lost = True
+            tables.drop_output()
+            why = error.strerror if isinstance(error, OSError) else "its reader has gone"
+            logger.warning("standard output cannot be written (%s): the run goes on, and its folder says how", why)
 
 
 def causes(counts: Mapping[str, int], reasons: Mapping[str, int]) -> str:

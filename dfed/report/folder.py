@@ -18,6 +18,7 @@ import torch
 import dfed
 from dfed.checkpoint import params_sha256
 from dfed.client import Evaluation
+from dfed.client.home import CLIENTS
 from dfed.cohort import Job
 from dfed.comm import Link
 from dfed.config import Config
@@ -37,8 +38,8 @@ _PACKAGES = ("torch", "torchvision", "numpy", "pydantic", "safetensors")
 
 
 class RunFolder:
-    """A folder with ``config.yaml``, ``environment.json``, ``metrics.jsonl``, ``tensorboard/``, ``checkpoint/`` and
-    ``summary.json``.
+    """A folder with ``config.yaml``, ``environment.json``, ``metrics.jsonl``, ``tensorboard/``, ``checkpoint/``,
+    ``summary.json``, and ``clients/`` if clients remember anything.
 
     Args:
         path: The folder; made if need be.
@@ -86,6 +87,11 @@ class RunFolder:
     def checkpoints(self) -> Path:
         """Where checkpoints go."""
         return self.path / CHECKPOINTS
+
+    @property
+    def clients(self) -> Path:
+        """Where clients that keep a state have it."""
+        return self.path / CLIENTS
 
     def write_environment(self, link: Link, config: Config) -> None:
         """Write what the run ran on: versions, commit, ranks, backend and why."""

@@ -80,7 +80,12 @@ class Strategy(ABC):
     """One method of federated training.
 
     Subclasses take their settings as keyword-only parameters of ``__init__``, after ``problem``.
+
+    Attributes:
+        keeps_state: Whether its clients remember tensors from one turn to the next; see :meth:`remember`.
     """
+
+    keeps_state = False
 
     def __init__(self, problem: Problem):
         self.problem = problem
@@ -111,8 +116,20 @@ class Strategy(ABC):
         return chain
 
     def receive(self, model: nn.Module, client_state: Mapping[str, Tensor], plan: Plan) -> None:
-        """Called under the client's cap when the model holds its values, before training. May prepare ``model``."""
+        """Called under the client's cap when the model holds its values, before training. May prepare ``model``.
+
+        Args:
+            client_state: What :meth:`remember` gave the last time that this client completed a round, on the CPU; empty
+                before, and where ``keeps_state`` is false.
+        """
         return None
+
+    def remember(self, model: nn.Module, client_state: Mapping[str, Tensor], plan: Plan) -> Mapping[str, Tensor]:
+        """What the client keeps for its next turn, float32 by name. Called under its cap after training, if ``keeps_state``.
+
+        A client that fails in the round keeps what it had. Arguments as for :meth:`receive`.
+        """
+        return client_state
 
     def loss(self, model: nn.Module, x: Tensor, y: Tensor, phase: Phase) -> Tensor:
         """Loss (a scalar) of one mini-batch: ``x`` float32 ``(b, …)``, ``y`` int64 ``(b,)``."""

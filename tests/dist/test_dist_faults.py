@@ -22,6 +22,7 @@ client: {learning_rate: 0.05, momentum: 0.9, batch_size: 8, steps: 20}
 server: {optimizer: momentum}
 metrics: {tensorboard: false, every: 5}
 checkpoint: {every: 1}
+codecs: {up: {name: top_k, density: 0.2}, error_feedback: true}
 """
 
 # Trains like any model, but trips over some mini-batches. Whether it does is decided by what is in the mini-batch, so it
@@ -116,6 +117,11 @@ def clients_of(folder):
     return [(row["round"], row["client"]) for row in rows(folder) if row["kind"] == "client"]
 
 
+def states_of(folder):
+    """What every client remembers at the end, and that nothing else is left over."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in (folder / "clients").rglob("*") if path.is_file()}
+
+
 def assert_completed_like(folder, undisturbed):
     """The run is finished, and nothing of it shows that it was disturbed."""
     assert rounds_of(folder) == rounds_of(undisturbed) == list(range(40))
@@ -125,6 +131,7 @@ def assert_completed_like(folder, undisturbed):
         assert ours[name] == theirs[name], name
     assert [ours["bytes"][name] for name in ("up", "down")] == [theirs["bytes"][name] for name in ("up", "down")]
     assert clients_of(folder) == clients_of(undisturbed)
+    assert states_of(folder) == states_of(undisturbed)
 
 
 def assert_resumes(folder, undisturbed, tmp_path):

@@ -14,6 +14,9 @@ OTHERS = sorted(path for path in SMOKE.glob("*.yaml") if path != FEDAVG)
 VARIANTS = {
     "per_client": [*PLAIN, "exchange=per_client"],
     "predicted": [*PLAIN, "memory.enforce=predicted"],
+    "feedback": [*PLAIN, "codecs={up: {name: top_k, density: 0.05, values: int8}, error_feedback: true}"],
+    "feedback_per_client": [*PLAIN, "codecs={up: {name: top_k, density: 0.05, values: int8}, error_feedback: true}",
+                            "exchange=per_client"],
     "coded": [*PLAIN, "codecs.up={name: qsgd, bits: 4}", "codecs.down=int8"],
     "coded_per_client": [*PLAIN, "codecs.up={name: qsgd, bits: 4}", "codecs.down=int8", "exchange=per_client"],
     "yogi_weighted": [*PLAIN, "server.optimizer=yogi", "sampler=weighted",
@@ -42,7 +45,7 @@ def comparable(folder):
         left_out = ROUND_ONLY if row["kind"] == "round" else CLIENT_ONLY
         row = {name: value for name, value in row.items() if name not in left_out}
         if row["kind"] == "round":
-            row["bytes"] = {name: row["bytes"][name] for name in ("up", "down")}
+            row["bytes"] = {name: row["bytes"][name] for name in ("up", "down", "by_block")}
         kept.append(row)
     return kept
 
@@ -145,6 +148,17 @@ def test_codecs_give_the_same_bits_fused_or_per_client(reference):
     # Half a byte an entry up and one down, of four; steps, biases and headers on top.
     assert 0.125 < fused["bytes"]["up"] / plain["up"] < 0.16
     assert 0.25 < fused["bytes"]["down"] / plain["down"] < 0.28
+
+
+def test_error_feedback_is_remembered(reference):
+    fused, per_client = (summary(reference / name) for name in ("feedback", "feedback_per_client"))
+    assert fused["params_sha256"] == per_client["params_sha256"]
+    kept = sorted((reference / "feedback" / "clients").rglob("*.safetensors"))
+    others = sorted((reference / "feedback_per_client" / "clients").rglob("*.safetensors"))
+    assert [path.read_bytes() for path in kept] == [path.read_bytes() for path in others]
+    completed = {row["client"]: row["round"] for row in rows(reference / "feedback") if row.get("status") == "completed"}
+    assert {int(path.parent.name): int(path.stem) for path in kept} == completed  # the newest of each, those before are gone
+    assert not (reference / "coded" / "clients").exists()
 
 
 def test_the_seed_decides(reference):

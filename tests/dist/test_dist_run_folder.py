@@ -79,7 +79,12 @@ def test_one_line_a_client_and_one_a_round(folder, clients, rounds):
     assert len({(row["round"], row["client"]) for row in clients}) == len(clients)
     for row in rounds:
         assert set(row["clients"]) == COUNTS
-        assert set(row["bytes"]) == {"up", "down", "fabric"}
+        assert set(row["bytes"]) == {"up", "down", "fabric", "by_block"}
+        for direction in ("up", "down"):
+            mine = [client for client in clients if client["round"] == row["round"] and client[f"bytes_{direction}"]]
+            by_block = row["bytes"]["by_block"][direction]
+            assert set(by_block) == (set(blocks_of(folder)) if mine else set())
+            assert sum(sum(parts.values()) for parts in by_block.values()) == len(mine) * 4 * num_floats(folder)
         assert math.isfinite(row["loss"])
         assert 0 <= row["accuracy"] <= 1
         assert row["bytes"]["fabric"] > 0
@@ -104,12 +109,21 @@ def test_one_line_a_client_and_one_a_round(folder, clients, rounds):
     assert completed["bytes_up"] + completed["bytes_down"] - completed["bytes_header"] == 2 * 4 * num_floats(folder)
 
 
-def num_floats(folder):
-    """Entries of all tensors that travel."""
+def chain_of(folder):
     config = load_config(folder / "config.yaml")
     shape, classes = tuple(config.dataset_options["shape"]), config.dataset_options["classes"]
-    chain = build_chain(config.model.name, dict(config.model.options), input_shape=shape, num_classes=classes)
-    return sum(value.numel() for value in chain.state_dict().values() if value.is_floating_point())
+    return build_chain(config.model.name, dict(config.model.options), input_shape=shape, num_classes=classes)
+
+
+def num_floats(folder):
+    """Entries of all tensors that travel."""
+    return sum(value.numel() for value in chain_of(folder).state_dict().values() if value.is_floating_point())
+
+
+def blocks_of(folder):
+    """The blocks that hold any tensor."""
+    chain = chain_of(folder)
+    return [name for name in chain.unit_names if list(chain.unit(name).parameters())]
 
 
 def test_the_rounds_agree_with_their_clients(clients, rounds):

@@ -9,11 +9,17 @@ import torch
 import torch.distributed as dist
 from jobs import TIMEOUT_S, enter, in_child, poll
 
+from dfed.blocks import Splitting
+from dfed.client import Forms
 from dfed.comm import Entry, Message, ProcessGroup, wire
 from dfed.comm.liveness import Liveness
 from dfed.comm.partial_sums import PartialSums
 from dfed.errors import RankLost, WireError
+from dfed.models import build_chain
+from dfed.plan import Phase, Plan
 from dfed.region import WHOLE
+from dfed.strategies import Problem
+from dfed.strategies.fedavg import FedAvg
 
 CPU = torch.device("cpu")
 MAGIC = 0x64666564
@@ -76,6 +82,37 @@ class Counter:
             return function(*arguments, **options)
 
         return counted
+
+
+def _metered(transport):
+    """What a client's report says of its update is what is handed to ``torch.distributed``, to the byte."""
+    counter = Counter(transport.rank, transport.size)
+    chain = build_chain("cnn", {"channels": [4, 6], "hidden": 16, "norm": "batch"}, input_shape=(1, 8, 8), num_classes=4)
+    splitting = Splitting.by_unit(chain.unit_names)
+    shapes = {name: tuple(t.shape) for name, t in chain.state_dict().items() if t.is_floating_point()}
+    phases = (Phase(batch_size=8, epochs=1),)
+    problem = Problem(chain=chain, splitting=splitting, phases=phases, num_clients=2000, seed=1)
+    values = {name: torch.randn(shape, generator=torch.Generator().manual_seed(2)) for name, shape in shapes.items()}
+    zero = {name: torch.zeros(shape) for name, shape in shapes.items()}
+    seen = set()
+    for number, codec in enumerate(("fp32", "fp16", "int8", "int8_affine", "int4", "qsgd", "top_k(density=0.1,values=int8)",
+                                    "random_k", "bitmask(density=1.0)")):
+        forms = Forms(FedAvg(problem), splitting, shapes, up=codec)
+        for client in (7, 1234):
+            plan = Plan(client=client, hold=splitting.names, train=splitting.names, phases=phases,
+                        up={"head": "bf16"} if client == 7 else {})
+            form, before = forms.of(plan), counter.num_bytes
+            if transport.is_server:
+                form.check_update(transport.receive(1), 10**number, client, 1)
+            else:
+                transport.send(form.encode_update(10**number, client, values, zero))
+            metered = form.up_bytes(10**number, client)
+            seen |= metered.keys()
+            assert counter.num_bytes - before == sum(metered.values())
+            assert sum(metered.values()) - metered["header"] == sum(sum(p.values()) for p in form.up_blocks.values())
+    assert seen == {"header", "values", "scales", "indices", "mask"}
+    dist.barrier()
+    transport.close()
 
 
 def _traffic(transport):
@@ -142,6 +179,10 @@ def _traffic(transport):
 @pytest.mark.parametrize("size", [2, 3])
 def test_messages_sums_and_their_bytes(tmp_path, size):
     assert finish(start(_traffic, size, tmp_path)) == [0] * size, logs(tmp_path)
+
+
+def test_updates_weigh_what_is_metered(tmp_path):
+    assert finish(start(_metered, 2, tmp_path)) == [0, 0], logs(tmp_path)
 
 
 def _prefix(header_bytes, body_bytes, magic=MAGIC):

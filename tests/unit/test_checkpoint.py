@@ -4,13 +4,14 @@ import json
 import logging
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from dfed import checkpoint
-from dfed.checkpoint import CheckpointSettings, latest, params_sha256, save
+from dfed.checkpoint import CheckpointSettings, client_versions, latest, params_sha256, save
 from dfed.errors import CheckpointError
 from dfed.metrics import empty_totals
 from dfed.state import ServerState
@@ -26,6 +27,7 @@ def _state(round_index=1, fill=0.0):
         slots={"head.fc.weight": {"m": weight * 2, "v": weight.square()}, "a/b.weight": {"m": special.clone()}},
         facts={"stage": 2, "history": [0.1, None, True], "by round": {"10": 1, "9": 2}, "name": "ä"},
         totals=empty_totals(["weak", "strong"]) | {"time_s": 0.1 + 0.2},
+        clients={7: 3, 123_456_789: 12},
         infeasible={"0123456789abcdef": 2**40 + 1},
     )
 
@@ -42,6 +44,7 @@ def _assert_same(read, written):
            {n: {s: _bits(v) for s, v in slots.items()} for n, slots in written.slots.items()}
     assert read.facts == written.facts
     assert read.totals == written.totals
+    assert read.clients == written.clients
     assert read.infeasible == written.infeasible
 
 
@@ -81,6 +84,15 @@ def test_tensors_of_any_layout(tmp_path):
         assert read.params[name].dtype == value.dtype
     assert torch.equal(read.slots["all"]["m"], flat)
     assert flat.tolist() == list(range(12))  # nothing that was given is changed
+
+
+def test_every_checkpoint_says_which_states_of_clients_it_needs(tmp_path):
+    for number, clients in ((1, {}), (2, {4: 0}), (3, {4: 2, 9: 1})):
+        save(tmp_path, replace(_state(number), clients=clients), "print", 2)
+    assert client_versions(tmp_path) == [{4: 2, 9: 1}, {4: 0}]
+    (tmp_path / "round_000003" / "state.safetensors").write_bytes(b"cut short")
+    assert client_versions(tmp_path) == [{4: 0}]
+    assert client_versions(tmp_path / "none") == []
 
 
 def test_the_fingerprint_of_parameters():
@@ -197,7 +209,7 @@ def test_a_checkpoint_of_another_configuration_or_format_is_refused(tmp_path):
         latest(tmp_path, "print")
     assert latest(tmp_path, "other").round_index == 2
     _change_json(tmp_path / "round_000002", format=1)
-    with pytest.raises(CheckpointError, match="round_000002 must have format 2, but has 1"):
+    with pytest.raises(CheckpointError, match="round_000002 must have format 3, but has 1"):
         latest(tmp_path, "other")
 
 

@@ -177,6 +177,16 @@ def test_a_list_whose_reader_has_gone_ends_quietly():
     assert (done.returncode, done.stderr) == (0, b"")
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="has no device that is always full")
+def test_a_list_that_cannot_be_written_is_said_once():
+    for redirect, said in ((">&-", b"is closed"), (">/dev/full", b"cannot be written: No space left on device")):
+        done = subprocess.run(["sh", "-c", f'exec "$0" -m dfed list {redirect}', sys.executable], stderr=subprocess.PIPE,
+                              stdout=subprocess.DEVNULL, check=False)
+        assert done.returncode == 1
+        assert done.stderr.startswith(b"dfed: standard output " + said)
+        assert done.stderr.count(b"\n") == 1
+
+
 def test_listing_needs_no_torch_distributed_and_no_run(capsys, monkeypatch):
     monkeypatch.setenv("RANK", "1")
     assert main(["list"]) == 0

@@ -49,6 +49,7 @@ def test_every_shipped_config_loads_and_survives_a_round_trip(path, tmp_path):
         ["client.schedule={name: step, milestones: [1, 5], factor: 0.5}"],
         ["server.optimizer=yogi", "server.max_failed_fraction=1"],
         ["strategy=fedprox", "strategy.mu=1"],
+        ["codecs={down: bf16, up: {name: top_k, density: 0.1, values: int8}, error_feedback: true}"],
         ["sampler=weighted", "exchange=per_client", "memory.enforce=off", "backend=gloo"],
         ["data.validation_fraction=0.1", "metrics.split=validation", "data.root=/tmp/x", "data.partition=iid"],
         ["fleet={clients: 6, tiers: [{name: a, share: 0.5, memory: 50%, up: 10 Mbps}, {name: b, share: 0.5, memory: 64MB}]}"],
@@ -103,12 +104,15 @@ DECIDES = [
     "client.clip_norm=1.0", "client.weight_decay=1e-4", "client.drop_last=true", "client.schedule.name=exponential",
     "client.schedule.name=cosine", "server.optimizer=adam", "server.optimizer={name: sgd, learning_rate: 0.5}",
     "sampler=weighted",
-    "memory.enforce=off", "backend.threads=2",
+    "memory.enforce=off", "backend.threads=2", "codecs.up=int8", "codecs.down=fp16",
+    "codecs={up: int8, error_feedback: true}",
 ]
 DOES_NOT = [
     "rounds=9", "exchange=per_client", "data.root=/x", "data.cache=/y", "data.download=true", "backend=gloo",
     "backend.device=cpu",
-    "backend.timeout_s=5", "metrics.every=2", "metrics.batch_size=7", "metrics.tensorboard=false", "checkpoint.every=1",
+    "backend.timeout_s=5", "metrics.every=2", "metrics.batch_size=7", "metrics.tensorboard=false",
+    "metrics.bytes_by_block=true", "codecs.error_feedback=false",
+    "checkpoint.every=1",
     "checkpoint.keep=9",
     "server.max_failed_fraction=1.0",
     # What is the default, written out.

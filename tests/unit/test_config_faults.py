@@ -105,6 +105,13 @@ ONE_FAULT = [
     ("exchange=fusde", "`exchange` must be one of fused, per_client, but is 'fusde'. Did you mean 'fused'?"),
     ("round=1", f"`round` is not a setting; {KNOWN_AT_THE_TOP} Did you mean 'rounds'?"),
     ("zzz.a=1", f"`zzz` is not a setting; {KNOWN_AT_THE_TOP}"),
+    ("codecs.error_feedback=1", "`codecs.error_feedback` must be true or false, but is 1."),
+    ("codecs={error_feedbak: true}",
+     "`codecs.error_feedbak` is not a setting; known here: down, up, error_feedback. Did you mean "
+     "'error_feedback'?"),
+    ("codecs={error_feedback: true}",
+     "`codecs.error_feedback` must be false unless `codecs.up` is one of int4, int8, int8_affine, qsgd, random_k, top_k, but is "
+     "true with 'fp32', which leaves nothing out that could be made up for."),
     # Things chosen by name.
     ("strategy=fedavgg", "`strategy` must be one of exclusivefl, fedavg, fedprox, but is 'fedavgg'. Did you mean 'fedavg'?"),
     ("strategy={name: fedavgg, mu: 1}",

@@ -1,14 +1,13 @@
 """What ``dfed plan`` says, against the parts it is made of, and against a run."""
 
-import json
 import sys
 
 import numpy as np
 import pytest
 
-from dfed.cli import main
-from dfed.config import load_config
-from dfed.overview import choices, fleet_rows, participation, prepare_to_plan
+from dfed.config import Choice, load_config
+from dfed.errors import ConfigError
+from dfed.overview import Survey, choices, prepare_to_plan
 from dfed.planning import Planning
 
 MIB = 2**20
@@ -54,7 +53,7 @@ def test_rows_say_what_the_parts_say(prepared):
     for choice in (own, *others):
         costs = planning_of(prepared, choice).costs
         plan = planning_of(prepared, choice).full_plan()
-        strong, weak = fleet_rows(prepared, choice)
+        (strong, weak), share = Survey(prepared).under(choice)
         assert (strong.tier, strong.clients, strong.able, strong.fits) == ("strong", 5, 5, True)
         assert (weak.tier, weak.clients, weak.able, weak.fits) == ("weak", 3, 0, False)
         assert strong.batch_size == weak.batch_size == 16
@@ -67,7 +66,6 @@ def test_rows_say_what_the_parts_say(prepared):
         assert strong.flops == costs.flops(plan, 50)  # 400 samples in 8 equal shards
         assert strong.sim_time_s == strong.flops / 10e9 + strong.bytes_up / 1.25e6 + strong.bytes_down / 6.25e6
         assert (weak.peak_bytes is None) == (choice.name == "exclusivefl")
-        share = participation(prepared, [strong, weak])
         assert (share.clients, share.data, share.num_classes) == (5 / 8, 5 / 8, 4)
         able = prepared.fleet.tier_clients("strong", None)
         labels = [prepared.data.train.labels(prepared.partition.indices(int(client))) for client in able]
@@ -80,80 +78,175 @@ def test_the_smallest_budget_of_a_strategy_with_smaller_plans(prepared, tmp_path
     (choice,) = choices(prepared.config, ["deepest_plans:Deepest"])
     costs, full = planning_of(prepared, choice).costs, planning_of(prepared, choice).full_plan()
     head = type(full)(client=0, hold=full.hold, train=full.hold[-1:], phases=full.phases)
-    strong, weak = fleet_rows(prepared, choice)
+    (strong, weak), _ = Survey(prepared).under(choice)
     assert strong.smallest_bytes == weak.smallest_bytes == costs.budget_bytes(head) < costs.budget_bytes(full)
     assert strong.trained_share == 1
     assert weak.fits == (weak.budget_bytes >= weak.smallest_bytes)
     del sys.modules["deepest_plans"]
 
 
-def test_a_fleet_from_a_file_is_counted_client_by_client(tmp_path):
-    needed = fleet_rows(prepare_to_plan(load_config(None, base=BASE)), choices(load_config(None, base=BASE), ["fedavg"])[0])
-    enough, little = needed[0].needed_bytes, needed[0].needed_bytes - 1
+def survey_of(tmp_path, lines, **changes):
     path = tmp_path / "fleet.csv"
-    lines = [f"a,{enough}"] * 3 + [f"a,{little}"] + [f"b,{little}"] * 4
-    path.write_text("\n".join(["tier,memory", *lines, ""]))
-    prepared = prepare_to_plan(load_config(None, base={**BASE, "fleet": {"csv": str(path)}}))
+    path.write_text("\n".join(["tier,memory,flops", *lines, ""]))
+    return Survey(prepare_to_plan(load_config(None, base={**BASE, **changes, "fleet": {"csv": str(path)}})))
+
+
+def test_a_fleet_from_a_file_is_counted_client_by_client(prepared, tmp_path):
     (choice,) = choices(prepared.config, ["fedavg"])
-    a, b = fleet_rows(prepared, choice)
-    assert (a.clients, a.able, a.fits, a.budget_bytes) == (4, 3, False, little)
-    assert (b.clients, b.able) == (4, 0)
-    share = participation(prepared, [a, b])
-    assert (share.clients, share.data) == (3 / 8, 3 / 8)
+    plan = planning_of(prepared, choice).full_plan()
+    costs = planning_of(prepared, choice).costs
+    enough, peak = costs.budget_bytes(plan), costs.peak_bytes(plan)
+    lines = [f"a,{enough},1e9", f"a,{enough},2e9", "a,,2e9", f"a,{enough - 1},1e9"] + [f"b,{peak},1e9"] * 2
+    lines += [f"b,{peak - 1},1e9", f"b,{2**20},1e9"]
+    survey = survey_of(tmp_path, lines)
+    (a, b), share = survey.under(choice)
+    assert (a.clients, a.able, a.unsure, a.verdict, a.fits) == (4, 3, 1, "maybe", False)
+    assert (a.budget_bytes, a.most_budget_bytes) == (enough - 1, None)
+    assert (b.clients, b.able, b.unsure, b.verdict) == (4, 0, 2, "no")
+    assert (b.budget_bytes, b.most_budget_bytes) == (2**20, peak)
+    partition, labels = survey._prepared.partition, survey._prepared.data.train
+    held = np.concatenate([partition.indices(client) for client in (0, 1, 2)])
+    assert (share.clients, share.data) == (3 / 8, len(held) / 400)
+    assert share.classes == len(np.unique(labels.labels(held))) < 4  # a shard each holds few classes
+    nobody = survey_of(tmp_path, [f"a,{2**20},1e9"] * 8).under(choice)[1]
+    assert (nobody.clients, nobody.data, nobody.classes, nobody.num_classes) == (0, 0, 0, 4)
 
 
-def test_the_command(tmp_path, capsys):
-    path = tmp_path / "c.yaml"
-    path.write_text(json.dumps(BASE))
-    assert main(["plan", str(path), "--json", "--strategies", "fedavg,fedprox", "client.batch_size=8"]) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert [part["name"] for part in found["strategies"]] == ["fedavg", "fedprox"]
-    assert found["batch_size"] == 8
-    tiers = found["strategies"][0]["tiers"]
-    assert [tier["able"] for tier in tiers] == [5, 0]
-    assert found["strategies"][0]["participation"] == {"clients": 5 / 8, "data": 5 / 8, "classes": 4, "num_classes": 4}
-    assert main(["plan", str(path)]) == 0
-    out = capsys.readouterr().out
-    assert "fedprox: 62 % of the clients can take part, with 62 % of the samples and 4 of 4 classes" in out
-    assert out.index("fedprox: ") < out.index("fedavg: ")  # the config's own comes first
-    assert f"weak: a budget of {tiers[0]['needed_bytes'] / MIB:.2f} MiB would do" not in out  # that was at a batch of 8
+def test_classes_are_counted_for_a_partition_without_regard_to_labels(tmp_path):
+    data = {**BASE["data"], "samples": 8, "classes": 8, "partition": "iid"}
+    survey = survey_of(tmp_path, ["a,,1e9", *[f"b,{2**20},1e9"] * 7], data=data)
+    _, share = survey.under(choices(survey._prepared.config, ["fedavg"])[0])
+    assert (share.clients, share.data, share.classes, share.num_classes) == (1 / 8, 1 / 8, 1, 8)
 
 
-def test_a_model_by_itself(capsys):
-    assert main(["plan", "--model", "resnet8", "--shape", "3,16,16", "--budget", "20MiB", "--train", "layer3_0:head", "--units",
-                 "--split", "2", "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert found["budget_bytes"] == 20 * MIB
-    assert [unit["name"] for unit in found["units"]] == ["stem", "layer1_0", "layer2_0", "layer3_0", "head"]
-    assert sum(unit["num_params"] for unit in found["units"]) == found["num_params"]
-    names = [way["name"] for way in found["ways"]]
-    assert names[:2] == ["full training", "full, activations recomputed"]
-    assert "layer3_0:head trained" in names
-    assert sum(name.startswith("stage ") for name in names) == 2
-    full, thrifty = found["ways"][:2]
-    assert thrifty["peak_bytes"] < full["peak_bytes"]
-    assert all(way["fits"] == (way["needed_bytes"] <= 20 * MIB) for way in found["ways"])
-    assert main(["plan", "--model", "resnet8", "--budget", "12.1MiB", "--measure"]) == 0
-    out = capsys.readouterr().out
-    assert "nothing fits 12.10 MiB at batch 32; the least that is sure to do is" in out
-    assert "times measured here on a mini-batch of 32" in out
+def test_many_budgets_are_judged_as_if_each_were_asked(prepared, tmp_path):
+    (choice,) = choices(prepared.config, ["exclusivefl"])
+    planning = planning_of(prepared, choice)
+    needed = planning.costs.budget_bytes(planning.full_plan())
+    budgets = [needed + step * 4096 for step in range(-40, 41)]
+    data = {**BASE["data"], "samples": 400, "partition": "iid"}
+    survey = survey_of(tmp_path, [f"a,{budget},{1 + place % 2}e9" for place, budget in enumerate(budgets)], data=data)
+    (row,), _ = survey.under(choice)
+    assert (row.able, row.unsure, row.clients) == (41, 0, 81)
 
 
-@pytest.mark.parametrize(("words", "said"), [
-    ([], "`CONFIG` must be one YAML file, or else --model NAME"),
-    (["x.yaml", "--model", "cnn"], "exactly one of the two"),
-    (["--model", "resnet9"], "must be one of .* but is 'resnet9'. Did you mean 'resnet8'"),
-    (["--model", "cnn", "--budget", "much"], "`--budget` must be"),
-    (["--model", "cnn", "--shape", "3,x"], "`--shape` must be a whole number, but is 'x'"),
-    (["--model", "cnn", "--train", "conv9"], "`--train` unit must be one of conv0, conv1, hidden, head, but is 'conv9'."),
-    (["--model", "cnn", "--train", "head:conv0"], "`--train` must name units in the order of the chain"),
-    (["--model", "cnn", "--split", "9"], "must be at least 1 and at most 3, the units of 'cnn' before its last, but is 9"),
-    (["--model", "cnn", "--split", "many"], "`--split` must be a whole number, but is 'many'"),
-    (["--model", "cnn", "--strategies", "fedavgg"], "`--strategies` must be one of .*Did you mean 'fedavg'"),
-    (["--model", "cnn", "client.bach_size=3"], "client.bach_size"),
+def test_the_rule_of_the_run(tmp_path):
+    base = {**BASE, "fleet": {"clients": 8, "tiers": [{"name": "a", "count": 8, "memory": 1.0}]}}
+    config = load_config(None, base=base)
+    planning = planning_of(prepare_to_plan(config), config.strategy)
+    peak, needed = planning.costs.peak_bytes(planning.full_plan()), planning.full_budget_bytes()
+    for enforce, budget, verdict in [("hard", needed, "yes"), ("hard", needed - 1, "maybe"), ("hard", peak, "maybe"),
+                                     ("hard", peak - 1, "no"), ("predicted", peak, "yes"), ("predicted", peak - 1, "no"),
+                                     ("off", 2**20, "yes")]:
+        fleet = {"clients": 8, "tiers": [{"name": "a", "count": 8, "memory": budget}]}
+        config = load_config(None, base={**BASE, "fleet": fleet, "memory": {"enforce": enforce}})
+        (row,), _ = Survey(prepare_to_plan(config)).under(config.strategy)
+        assert (row.verdict, row.fits) == (verdict, verdict == "yes"), (enforce, budget)
+        assert (row.able, row.unsure) == (8 * (verdict == "yes"), 8 * (verdict == "maybe"))
+
+
+OWN = """
+import sys
+
+from dfed.plan import Plan
+from dfed.strategies import Strategy
+
+
+class Never(Strategy):
+    def plan(self, state, candidate):
+        return None
+
+
+class Refuses(Strategy):
+    def plan(self, state, candidate):
+        raise ValueError("not today")
+
+
+class Text(Strategy):
+    def plan(self, state, candidate):
+        return "all"
+
+
+class Unknown(Strategy):
+    def plan(self, state, candidate):
+        return Plan(client=0, hold=("stem",), train=("stem",), phases=self.problem.phases)
+
+
+class Idle(Strategy):
+    def plan(self, state, candidate):
+        return Plan(client=0, hold=self.problem.splitting.names, train=(), phases=())
+
+
+class Codec(Strategy):
+    def plan(self, state, candidate):
+        names = self.problem.splitting.names
+        return Plan(client=0, hold=names, train=names, phases=self.problem.phases, up={names[0]: "zip"})
+
+
+class Whole(Strategy):
+    def plan(self, state, candidate):
+        return self.whole_plan(candidate)
+
+
+class Divides(Whole):
+    def loss(self, model, x, y, phase):
+        return super().loss(model, x, y, phase) / 0 + 1 // 0
+
+
+class Looks(Whole):
+    def loss(self, model, x, y, phase):
+        loss = super().loss(model, x, y, phase)
+        return loss if loss.item() > 1 else 2 * loss
+
+
+class Leaves(Whole):
+    def build(self, plan):
+        sys.exit(0)
+
+
+class LeavesAtOnce(Whole):
+    def __init__(self, problem):
+        sys.exit()
+"""
+
+
+@pytest.mark.parametrize(("name", "said"), [
+    ("Refuses", r"'own_strategies:Refuses' raised ValueError: not today \(.*own_strategies.py:"),
+    ("Text", "must return a dfed.plan.Plan or None from `plan`, but 'own_strategies:Text' returns a str"),
+    ("Unknown", "must plan with blocks out of conv0, conv1, hidden, head, but 'own_strategies:Unknown' names 'stem'"),
+    ("Idle", "must plan at least one phase, but 'own_strategies:Idle' plans none"),
+    ("Codec", "must plan what can be carried out, but 'own_strategies:Codec' does not: a codec must be one of .*'zip'"),
+    ("Divides", "'own_strategies:Divides' raised ZeroDivisionError"),
+    ("Looks", "'own_strategies:Looks' raised RuntimeError: it asks for the value of a tensor"),
+    ("Leaves", "'own_strategies:Leaves' raised SystemExit: 0"),
+    ("LeavesAtOnce", "'own_strategies:LeavesAtOnce' raised SystemExit"),
 ])
-def test_faults_of_the_command(words, said, capsys):
-    assert main(["plan", *words]) == 2
-    import re
+def test_a_strategy_of_ones_own_that_fails_is_named(name, said, prepared, tmp_path, monkeypatch):
+    (tmp_path / "own_strategies.py").write_text(OWN)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "own_strategies", raising=False)
+    with pytest.raises(ConfigError, match=f"`strategy` .*{said}"):
+        Survey(prepared).under(Choice(f"own_strategies:{name}", {}))
 
-    assert re.search(said, capsys.readouterr().err)
+
+def test_a_strategy_that_never_plans_has_no_budget_that_would_do(prepared, tmp_path, monkeypatch):
+    (tmp_path / "own_strategies.py").write_text(OWN)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "own_strategies", raising=False)
+    rows, share = Survey(prepared).under(Choice("own_strategies:Never", {}))
+    for row in rows:
+        assert (row.able, row.smallest_bytes, row.largest_batch, row.verdict) == (0, None, 0, "no")
+        assert row.reason == "the strategy has no plan for such a client, whatever its budget"
+    assert share.clients == 0
+
+
+def test_a_batch_norm_that_sees_one_value_does_not_run():
+    model = {"name": "resnet8"}
+    data = {**BASE["data"], "shape": [1, 4, 4]}  # 1 × 1 in the last stage
+    for batch_size, verdict in ((1, "no"), (2, "yes")):
+        config = load_config(None, base={**BASE, "model": model, "data": data, "fleet": {
+            "clients": 8, "tiers": [{"name": "a", "count": 8, "memory": "300MB"}]}, "client": {"batch_size": batch_size}})
+        (row,), share = Survey(prepare_to_plan(config)).under(config.strategy)
+        assert (row.verdict, row.able, share.clients) == (verdict, 8 * (verdict == "yes"), verdict == "yes")
+        assert (row.smallest_bytes is None) == (row.peak_bytes is None) == (verdict == "no")
+        assert ("batch norm" in (row.reason or "")) == (verdict == "no")

@@ -42,6 +42,12 @@ def test_regions_against_numpy(region, entries):
         naive[tuple(list(axis)[i] for axis, i in zip(entries, place, strict=True))] += value[place]
     assert np.array_equal(tensor.numpy(), naive)
 
+    region.put_(tensor, torch.from_numpy(value))
+    assert np.array_equal(tensor.numpy()[grid], value)
+    rest, kept = tensor.numpy().copy(), naive.copy()
+    rest[grid] = kept[grid] = 0
+    assert np.array_equal(rest, kept)  # the others stay as they were
+
     counts = torch.zeros(FULL, dtype=torch.float64)
     region.add_(counts, 2.5)
     region.add_(counts, 0.5)

@@ -34,6 +34,10 @@ class Codec(ABC):
     def num_bytes(self, shape: Sequence[int]) -> int:
         """Exact length of the encoding of a tensor of this shape."""
 
+    def parts(self, shape: Sequence[int]) -> dict[str, int]:
+        """:meth:`num_bytes` by what the bytes are: ``values``, and where they are there ``scales``, ``indices`` or ``mask``."""
+        return {"values": self.num_bytes(shape)}
+
     @abstractmethod
     def encode_into(self, value: Tensor, out: Tensor, key: int = 0) -> None:
         """Write the encoding of ``value`` into ``out``.

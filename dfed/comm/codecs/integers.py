@@ -64,6 +64,10 @@ class _Rounded(Codec):
     def num_bytes(self, shape: Sequence[int]) -> int:
         return 4 * self.layout(shape)[0] + (math.prod(shape) * self.bits + 7) // 8
 
+    def parts(self, shape: Sequence[int]) -> dict[str, int]:
+        scales = 4 * self.layout(shape)[0]
+        return {"values": self.num_bytes(shape) - scales, "scales": scales}
+
     def encode_into(self, value: Tensor, out: Tensor, key: int = 0) -> None:
         self._check(out, value.shape)
         rows, length = self.layout(value.shape)
@@ -191,6 +195,10 @@ class AffineInt8(Codec):
     def num_bytes(self, shape: Sequence[int]) -> int:
         rows, length = _layout(shape, self._axis)
         return 8 * rows + rows * length
+
+    def parts(self, shape: Sequence[int]) -> dict[str, int]:
+        rows, length = _layout(shape, self._axis)
+        return {"values": rows * length, "scales": 8 * rows}
 
     def encode_into(self, value: Tensor, out: Tensor, key: int = 0) -> None:
         self._check(out, value.shape)

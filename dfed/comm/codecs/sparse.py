@@ -59,6 +59,11 @@ class _Chosen(Codec):
         kept = self.count(total)
         return self._values.num_bytes((kept,)) + (places.num_bytes(total, kept) if self.has_places else 0)
 
+    def parts(self, shape: Sequence[int]) -> dict[str, int]:
+        total = math.prod(shape)
+        own = self._values.parts((self.count(total),))
+        return own | {"indices": self.num_bytes(shape) - sum(own.values())} if self.has_places else own
+
     def encode_into(self, value: Tensor, out: Tensor, key: int = 0) -> None:
         self._check(out, value.shape)
         flat = value.reshape(-1)
@@ -186,6 +191,10 @@ class Bitmask(Codec):
     def num_bytes(self, shape: Sequence[int]) -> int:
         total = math.prod(shape)
         return self._values.num_bytes((_count(self._density, total),)) + (total + 7) // 8
+
+    def parts(self, shape: Sequence[int]) -> dict[str, int]:
+        own = self._values.parts((_count(self._density, math.prod(shape)),))
+        return own | {"mask": self.num_bytes(shape) - sum(own.values())}
 
     def encode_into(self, value: Tensor, out: Tensor, key: int = 0) -> None:
         self._check(out, value.shape)

@@ -22,7 +22,7 @@ class Small:
     """Chain, strategy, forms and first values of a model, and plans that train all of it."""
 
     def __init__(self, model="cnn", options=None, *, strategy="fedavg", shape=SHAPE,
-                 make=None, **settings):
+                 make=None, up="fp32", **settings):
         options = CNN if options is None and model == "cnn" else options or {}
         self.chain = build_chain(model, options, input_shape=shape, num_classes=CLASSES)
         self.splitting = Splitting.by_unit(self.chain.unit_names)
@@ -31,7 +31,7 @@ class Small:
         problem = Problem(chain=self.chain, splitting=self.splitting, phases=(Phase(batch_size=8, epochs=1),),
                           num_clients=5, seed=1)
         self.strategy = (make or STRATEGIES.get(strategy))(problem, **settings)
-        self.forms = Forms(self.strategy, self.splitting, self.shapes)
+        self.forms = Forms(self.strategy, self.splitting, self.shapes, up=up)
         full = materialise(self.chain.skeleton(), rng.torch_generator(1, "init"))
         self.values = {name: value.detach().clone() for name, value in full.state_dict().items() if name in self.shapes}
 

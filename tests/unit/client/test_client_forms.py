@@ -134,7 +134,13 @@ def test_what_arrives_through_a_lossy_codec_is_what_the_server_decodes(codec):
         error = (decoded[entry.name] - trained[entry.name]).abs().max().item()
         assert error <= made.max_error(sent) + 1e-6  # adding what was received rounds in float32
         assert not torch.equal(decoded[entry.name], received[entry.name])
-    assert form.up_bytes(3, 1)["values"] == sum(entry.num_bytes for entry in message.entries)
+    metered = form.up_bytes(3, 1)
+    tensors = {entry.name: entry.num_bytes for entry in message.entries}
+    assert sum(metered.values()) - metered["header"] == sum(tensors.values())
+    for block, parts in form.up_blocks.items():
+        assert sum(parts.values()) == sum(size for name, size in tensors.items() if small.splitting.block_of(name) == block)
+    for part in metered.keys() - {"header"}:
+        assert metered[part] == sum(parts.get(part, 0) for parts in form.up_blocks.values())
     if codec.startswith(("qsgd", "random_k")):  # what is drawn is drawn anew for each client and round
         others = [form.through_codecs(*where, trained, received) for where in ((4, 1), (3, 2))]
         assert not any(torch.equal(other["hidden.fc.weight"], through["hidden.fc.weight"]) for other in others)

@@ -10,12 +10,13 @@ from client_problem import CLASSES, CPU, Small, data
 
 from dfed import rng
 from dfed.client import ClientReport, ClientSettings, Skeleton, Worker, run_plan
+from dfed.client.home import ClientHome
 from dfed.comm import wire
 from dfed.comm.partial_sums import PartialSums, value_range, weight_scale
 from dfed.data import client_batches
 from dfed.data.dataset import ArrayDataset
 from dfed.data.partitions import TablePartition
-from dfed.errors import RankLost
+from dfed.errors import CheckpointError, RankLost
 from dfed.memory import MemorySettings, make_cap
 from dfed.memory.caps import Uncapped
 from dfed.strategies.fedavg import FedAvg
@@ -49,8 +50,9 @@ class Moody(FedAvg):
 
 
 class Setting:
-    def __init__(self, abandoned=lambda: False, cap=None, **settings):
-        self.small = Small(make=Moody)
+    def __init__(self, abandoned=lambda: False, cap=None, error_feedback=False, clients_folder=None, make=Moody, up="fp32",
+                 **settings):
+        self.small = Small(make=make, up=up)
         x, y = data(sum(SIZES), seed=2)
         self.dataset = ArrayDataset(x.numpy(), y.numpy().astype(np.int64), num_classes=CLASSES)
         bounds = np.cumsum([0, *SIZES])
@@ -60,26 +62,28 @@ class Setting:
         self.worker = Worker(
             self.small.strategy, self.dataset, self.partition, self.settings, shapes=self.small.shapes,
             cap=cap or make_cap(MemorySettings(enforce="off"), CPU, has_budgets=False), forms=self.small.forms, device=CPU,
-            seed=6, abandoned=abandoned,
+            seed=6, error_feedback=error_feedback, abandoned=abandoned,
         )
+        self.clients_folder = clients_folder
         self.scale = weight_scale(sum(SIZES))
 
-    def order(self, exchange="fused"):
+    def order(self, plans, exchange="fused"):
         shapes, splitting = self.small.shapes, self.small.splitting
         entries, length = wire.layout((name, splitting.block_of(name), "fp32", shape) for name, shape in shapes.items())
-        meta = {"round": 2, "scale": self.scale, "rate_factor": 0.5, "exchange": exchange,
+        meta = {"round": 2, "plans": json.loads(json.dumps([plan.to_json() for plan in plans])),
+                "clients_folder": self.clients_folder, "scale": self.scale, "rate_factor": 0.5, "exchange": exchange,
                 "ranges": {name: value_range(value) for name, value in self.small.values.items()}}
         return wire.encode("round", meta, entries, self.small.values, torch.zeros(length, dtype=torch.uint8))
 
     def task(self, client, mood=None, **fields):
         options = {"mood": mood} if mood else {}
         plan = self.small.plan(client=client, options=options, **fields)
-        return {"plan": json.loads(json.dumps(plan.to_json())), "weight": SIZES[client], "budget_bytes": None,
-                "peak_bytes": 2**20}
+        return {"client": client, "plan": plan, "weight": SIZES[client], "peak_bytes": 2**20}
 
     def work(self, tasks, exchange="fused"):
-        sums = self.worker.sums(self.small.shapes)
-        reports, updates = self.worker.work(self.order(exchange), tasks, sums)
+        sums, plans = PartialSums(self.small.shapes), [task["plan"] for task in tasks]
+        numbered = [task | {"plan": number} for number, task in enumerate(tasks)]
+        reports, updates = self.worker.work(self.order(plans, exchange), numbered, sums)
         return json.loads(json.dumps(reports)), updates, sums.flat.clone()
 
     def by_hand(self, client):
@@ -242,13 +246,54 @@ def test_an_abandoned_job_ends_the_work():
         setting.work([setting.task(0)])
 
 
-def test_sums_are_kept_and_cleared(setting):
-    names = list(setting.small.shapes)
-    first = setting.worker.sums(names)
-    first.flat.add_(1.0)
-    second = setting.worker.sums(names)
-    assert second is first
-    assert not second.flat.any()
-    third = setting.worker.sums(names[:2])
-    assert third is not first
-    assert list(third.shapes) == names[:2]
+class Counts(FedAvg):
+    """Its clients remember how often they were trained, and what they had last."""
+
+    keeps_state = True
+
+    def receive(self, model, client_state, plan):
+        super().receive(model, client_state, plan)
+        if plan.options.get("mood") == "raises":
+            raise ValueError("no")
+        model.turns = client_state.get("turns", torch.zeros(()))
+
+    def remember(self, model, client_state, plan):
+        return {"turns": model.turns + 1, "bias": model.get_parameter("head.fc.bias")}
+
+
+def test_clients_remember_what_their_strategy_says(tmp_path):
+    setting = Setting(make=Counts, clients_folder=str(tmp_path))
+    home = ClientHome(tmp_path)
+    (first, failed), _, _ = setting.work([setting.task(0), setting.task(1, "raises")])
+    assert (first["keeps_state"], failed["keeps_state"]) == (True, False)
+    assert not home.path(1, 2).exists()
+    state = home.load(0, 2)
+    assert state["own/turns"] == 1
+    assert torch.equal(state["own/bias"], setting.by_hand(0).update["head.fc.bias"])
+    home.path(0, 2).rename(home.path(0, 1))
+    setting.work([setting.task(0) | {"state": 1}])
+    assert home.load(0, 2)["own/turns"] == 2
+    with pytest.raises(CheckpointError, match="client 0 as it left round 9"):
+        setting.work([setting.task(0) | {"state": 9}])
+    with pytest.raises(CheckpointError, match="every rank must reach"):
+        Setting(make=Counts, clients_folder=str(tmp_path / "elsewhere")).work([setting.task(0)])
+
+
+def test_error_feedback_changes_what_arrives_the_second_time(tmp_path):
+    results = {}
+    for exchange in ("fused", "per_client"):
+        folder = tmp_path / exchange
+        folder.mkdir()
+        setting = Setting(up="top_k(density=0.1)", error_feedback=True, clients_folder=str(folder))
+        home = ClientHome(folder)
+        _, updates, sums = setting.work([setting.task(0)], exchange)
+        assert home.load(0, 2).keys() == {f"error/{entry.name}" for entry in setting.small.forms.of(setting.small.plan()).up
+                                          if entry.codec != "fp32"}
+        home.path(0, 2).rename(home.path(0, 1))
+        _, again, sums_again = setting.work([setting.task(0) | {"state": 1}], exchange)
+        results[exchange] = home.load(0, 2)
+        if exchange == "fused":
+            assert not torch.equal(sums, sums_again)
+        else:
+            assert not torch.equal(updates[0].body, again[0].body)
+    assert all(torch.equal(results["fused"][name], results["per_client"][name]) for name in results["fused"])

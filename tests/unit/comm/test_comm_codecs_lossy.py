@@ -58,6 +58,21 @@ def test_round_trip_size_and_error_bound(spec):
             codec.encode_into(torch.zeros(20, 3), torch.zeros(length, dtype=torch.uint8))
 
 
+@pytest.mark.parametrize("spec", [*SPECS, "fp32", "fp16"])
+def test_parts_add_up_to_the_size(spec):
+    codec = codec_of(spec)
+    for shape in SHAPES:
+        parts = codec.parts(shape)
+        assert sum(parts.values()) == codec.num_bytes(shape)
+        assert all(size >= 0 for size in parts.values())
+        assert parts.keys() <= {"values", "scales", "indices", "mask"}
+        expected = {"top_k": "indices", "bitmask": "mask", "int8": "scales", "int8_affine": "scales", "qsgd": "scales"}
+        assert parts.keys() >= {expected.get(spec.partition("(")[0], "values")}
+    indices = codec_of("top_k(density=0.1)").num_bytes((10, 100)) - 400
+    assert codec_of("top_k(density=0.1,values=int8)").parts((10, 100)) == {"values": 100, "scales": 4, "indices": indices}
+    assert codec_of("bitmask(density=0.25)").parts((8, 8)) == {"values": 64, "mask": 8}
+
+
 def test_sizes_by_hand():
     shape = (64, 3, 3, 3)  # 1728 entries, 64 channels
     sizes = {

@@ -5,7 +5,7 @@ from fractions import Fraction
 import pytest
 import torch
 
-from dfed.comm.partial_sums import MIN_RANGE, PartialSums, check_values, value_range, weight_scale
+from dfed.comm.partial_sums import MIN_RANGE, PartialSums, SumsBuffer, check_values, value_range, weight_scale
 from dfed.errors import UpdateRejected
 from dfed.region import WHOLE, Index, Slices
 from dfed.rng import torch_generator
@@ -211,3 +211,15 @@ def test_a_wider_range_has_a_wider_grid():
     assert torch.equal(bits(forward.flat), bits(backward.flat))
     naive = sum(value.double() for value in values) * 0.25
     assert (forward["w"] - naive).abs().max() <= 3 * limit * 2.0**-53 + 1e-8  # grid; float64 of 3e7
+
+
+def test_the_memory_of_sums_is_kept_and_cleared():
+    buffer, shapes = SumsBuffer(), {"a": (2, 3), "b": (4,)}
+    first = buffer.of(shapes)
+    first.flat.add_(1.0)
+    second = buffer.of(shapes)
+    assert second is first
+    assert not second.flat.any()
+    third = buffer.of({"a": (2, 3)})
+    assert third is not first
+    assert list(third.shapes) == ["a"]

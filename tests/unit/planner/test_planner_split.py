@@ -14,7 +14,10 @@ from dfed.client import ClientSettings
 from dfed.errors import ConfigError
 from dfed.models import Chain, build_chain
 from dfed.planner import Split, Store, chain_costs, split_chain, stage_peaks
+from dfed.planner import split as split_module
 from dfed.planner.split import splitting_at
+from dfed.planner.stage_costs import StageCosts
+from dfed.planner.unit_courses import NoSum
 
 torch.set_num_threads(1)
 
@@ -133,6 +136,75 @@ def test_no_splitting_of_an_own_chain_needs_less(make: Callable[[], Chain], sett
     assert_best(chain, ClientSettings(**settings), tail, (None, 2, len(chain) - 2))
 
 
+class Sum(nn.Module):
+    """Its gradient is one value for many entries, so a unit before it gets less than sums take for granted."""
+
+    def forward(self, x):
+        return x.sum((2, 3))
+
+
+class Pool(nn.Module):
+    """Fewer tokens."""
+
+    def forward(self, x):
+        return nn.functional.avg_pool1d(x.transpose(1, 2), 2).transpose(1, 2)
+
+
+class Tokens(nn.Module):
+    """Pixels as tokens."""
+
+    def forward(self, x):
+        return x.flatten(2).transpose(1, 2)
+
+
+class Mean(nn.Module):
+    """Over tokens."""
+
+    def forward(self, x):
+        return x.mean(1)
+
+
+def by_predictions(monkeypatch) -> list[int]:
+    """Counts the searches that predict every stage."""
+    used, search = [], split_module._Search._best_by_predictions
+    monkeypatch.setattr(split_module._Search, "_best_by_predictions", lambda self: used.append(1) or search(self))
+    return used
+
+
+def test_a_chain_whose_units_do_not_add_up(monkeypatch):
+    used = by_predictions(monkeypatch)
+    chain = chain_of(conv(3, 8), nn.Conv2d(8, 40, 1), nn.Conv2d(40, 5, 1), Sum(), nn.Linear(5, 10), shape=(3, 8, 8))
+    with pytest.raises(NoSum, match="Sum: the gradient of its input is not as large as the input"):
+        StageCosts(chain, ClientSettings(batch_size=8), tail=True)
+    assert_best(chain, ClientSettings(batch_size=8), True, (None, 2))
+    assert used == [1, 1]
+
+
+def test_sums_that_are_not_what_is_predicted_are_not_taken(monkeypatch):
+    used, chain, settings = by_predictions(monkeypatch), like_vgg(), ClientSettings(batch_size=8)
+    expected = split_chain(chain, settings)
+    assert used == []
+    monkeypatch.setattr(StageCosts, "peaks", lambda self, cuts: ())
+    found = split_chain(chain, settings)
+    assert used == [1]
+    assert (max(found.peak_bytes), len(found.peak_bytes)) == (max(expected.peak_bytes), len(expected.peak_bytes))
+
+
+def pooled_tokens() -> Chain:
+    return chain_of(nn.Sequential(nn.Conv2d(3, 16, 4, 4), Tokens()), nn.Linear(16, 16), Pool(), nn.Linear(16, 16),
+                    nn.Sequential(Mean(), nn.Linear(16, 10)))
+
+
+def test_no_block_changes_tokens_unless_it_is_the_first():
+    chain, settings = pooled_tokens(), ClientSettings(batch_size=8)
+    splits = [split_chain(chain, settings, num_blocks=number) for number in (1, 2, None)]
+    for split in splits:
+        assert next(units for units in split.splitting.blocks.values() if "u2" in units)[0] == "u0"
+    assert list(splits[1].splitting.blocks.values()) == [("u0", "u1", "u2"), ("u3", "head")]
+    with pytest.raises(ConfigError, match=r"one of 1, 2, for 'own' .* layers can stand in for all blocks, but is 3\."):
+        split_chain(chain, settings, num_blocks=3)
+
+
 def test_a_vector_chain():
     chain = build_chain("mlp", {"hidden": [50, 100, 30, 40]}, input_shape=(8, 8), num_classes=10)
     assert_best(chain, ClientSettings(batch_size=16), False, (None, 2))
@@ -170,7 +242,7 @@ def test_predictions_are_kept(tmp_path):
     again = split_chain(chain, settings, store=Store(tmp_path))
     assert (again.splitting.blocks, again.peak_bytes) == (first.splitting.blocks, first.peak_bytes)
     assert {path.name: path.stat().st_mtime_ns for path in tmp_path.iterdir()} == files
-    assert len(files) > 3
+    assert len(files) > 3  # the cuts, full training, and at least two stages
     whole, plan = chain_costs(chain, settings, CPU)
     assert first.full_peak_bytes == whole.peak_bytes_at(plan)
 

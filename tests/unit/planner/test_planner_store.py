@@ -66,6 +66,7 @@ def test_the_first_answer_is_what_a_file_would_give_back(tmp_path):
 
 @pytest.mark.parametrize("damage", [
     b"", b"{", b"\xff\xfe\x00", b"null", b"[]", b"17", b'"value"', b"{}", b'{"Value": 3}', b'{"value": 12',
+    b'{"value": 3}', b'{"value": 12345, "sha256": null}', b'{"value": 12345, "sha256": "00"}', b"[" * 100_000,
 ])
 def test_a_damaged_file_is_worked_out_anew(tmp_path, damage):
     Store(tmp_path).get("key", Counted(12345))
@@ -76,6 +77,21 @@ def test_a_damaged_file_is_worked_out_anew(tmp_path, damage):
     assert Store(tmp_path).get("key", work) == 12345
     assert work.calls == 1
     assert path.read_bytes() == whole
+
+
+def test_a_file_of_another_value_or_key_is_worked_out_anew(tmp_path):
+    Store(tmp_path).get("key", Counted({"lines": [1, 2]}))
+    path, = tmp_path.iterdir()
+    whole = path.read_text()
+    changed = json.loads(whole)
+    changed["value"]["lines"][1] = 3
+    path.write_text(json.dumps(changed))
+    assert Store(tmp_path).get("key", Counted({"lines": [1, 2]})) == {"lines": [1, 2]}
+    assert path.read_text() == whole
+    Store(tmp_path).get("other", Counted("other"))
+    other, = set(tmp_path.iterdir()) - {path}
+    path.write_text(other.read_text())
+    assert Store(tmp_path).get("key", Counted("mine")) == "mine"
 
 
 def test_a_file_cut_short_anywhere_is_worked_out_anew(tmp_path):
@@ -115,7 +131,7 @@ def test_an_exception_keeps_nothing(tmp_path):
 def test_the_store_of_the_user(tmp_path, monkeypatch):
     Store.of_user(str(tmp_path)).get("key", Counted(5))
     path, = (tmp_path / "planner").iterdir()
-    assert json.loads(path.read_text()) == {"value": 5}
+    assert json.loads(path.read_text())["value"] == 5
     monkeypatch.setenv("DFED_CACHE", str(tmp_path))
     assert Store.of_user().get("key", Counted(6)) == 5
 
@@ -278,6 +294,6 @@ def test_costs_are_taken_from_the_store(tmp_path):
     assert len(files) == len(cases)
     assert peak(Store(tmp_path), learning_rate=0.5) == real[0]  # neither time nor memory depends on it
     assert len(list(tmp_path.iterdir())) == len(cases)
-    for path in files:
-        path.write_text(json.dumps({"value": 3}))
-    assert [peak(Store(tmp_path), **case) for case in cases] == [3] * len(cases)
+    before = {path: path.read_text() for path in files}
+    assert [peak(Store(tmp_path), **case) for case in cases] == real
+    assert {path: path.read_text() for path in files} == before  # found, not written again

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import errno
 import io
+import logging
 from pathlib import Path
 
 from rich.console import Console as Terminal
@@ -35,3 +37,38 @@ def test_a_run_that_nobody_took_part_in_says_so_at_the_end():
     line = f"no client completed in any round: the model is the initial one ({causes(COUNTS, REASONS)})\n"
     assert line in _shown(SUMMARY)
     assert "no client completed" not in _shown(SUMMARY | {"clients": COUNTS | {"completed": 1}})
+
+
+def test_names_are_shown_as_they_are_written(monkeypatch):
+    tier = {"clients": 1, "completed": 1, "selected": 1, "oom": 0, "budget_bytes": None, "peak_bytes": None, "bytes_up": 0,
+            "bytes_down": 0, "accuracy": None}
+    shown = _shown(SUMMARY | {"tiers": [{"name": name, **tier} for name in ("[/x]", "[red]", ":fire:", "a\\[b]")]})
+    lines = [line.split()[0] for line in shown.splitlines() if line.strip().endswith("–")]
+    assert lines == ["[/x]", "[red]", ":fire:", "a\\[b]"]
+    file = io.StringIO()
+    Console(None, None, None, Terminal(file=file, width=200)).finished(SUMMARY, Path("runs/[/x]"))
+    assert file.getvalue().endswith("run folder: runs/[/x]\n")
+
+
+class Broken(io.StringIO):
+    def __init__(self, error):
+        super().__init__()
+        self.error, self.tries = error, 0
+
+    def write(self, text):
+        self.tries += 1
+        raise self.error
+
+
+def test_output_that_is_lost_is_said_once_and_ends_no_run(caplog, monkeypatch):
+    monkeypatch.setattr("dfed.report.tables.drop_output", lambda: None)
+    gone = ((OSError(errno.ENOSPC, "No space left on device"), "No space left"), (BrokenPipeError(), "its reader has gone"))
+    monkeypatch.setattr(Terminal, "on_broken_pipe", lambda self: (_ for _ in ()).throw(SystemExit(1)))  # without its dup2
+    for error, said in gone:
+        caplog.clear()
+        file = Broken(error)
+        with caplog.at_level(logging.WARNING):
+            Console(None, None, None, Terminal(file=file, width=80)).finished(SUMMARY, Path("runs/x"))
+        assert file.tries == len(caplog.records) == 1
+        assert said in caplog.text
+        assert "the run goes on" in caplog.text
