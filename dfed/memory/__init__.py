@@ -2,7 +2,6 @@
 
 from dfed.memory.caps import GREY_ZONE, MemoryMeter, MemorySettings, check_cap, is_out_of_memory, make_cap
 from dfed.memory.predict import (
-    CPU_BF16_OVERHEAD_BYTES,
     CPU_OVERHEAD_BYTES,
     predict_course,
     predict_levels,
@@ -10,7 +9,6 @@ from dfed.memory.predict import (
 )
 
 __all__ = [
-    "CPU_BF16_OVERHEAD_BYTES",
     "CPU_OVERHEAD_BYTES",
     "GREY_ZONE",
     "MemoryMeter",

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dfed.client import ClientSettings, Skeleton, run_plan
 from dfed.client.forms import Forms
-from dfed.memory import CPU_BF16_OVERHEAD_BYTES, CPU_OVERHEAD_BYTES, GREY_ZONE, predict_course
+from dfed.memory import CPU_OVERHEAD_BYTES, GREY_ZONE, predict_course
 from dfed.plan import Phase, Plan
 from dfed.planner.flops import flop_counter
 from dfed.planner.line import PeakLine
@@ -50,14 +50,14 @@ class Costs:
         identity: Any = None,
     ):
         self.strategy, self._settings, self._forms = strategy, settings, forms
-        self.overhead_bytes = 0
-        if device.type == "cpu":
-            self.overhead_bytes = CPU_BF16_OVERHEAD_BYTES if settings.precision == "bf16" else CPU_OVERHEAD_BYTES
+        self.overhead_bytes = CPU_OVERHEAD_BYTES if device.type == "cpu" else 0
         self._store = store or Store(None)
         chain = strategy.problem.chain
         self._input_shape = chain.input_shape
         problem = strategy.problem
-        self._depends = [describe(chain, strategy), _what_counts(settings), identity, problem.num_clients, problem.seed]
+        # Strategies that differ in whom they ask only, such as fedavg and exclusivefl, share their predictions.
+        own = [] if _trains_plainly(strategy) else [describe(chain, strategy), identity, problem.num_clients, problem.seed]
+        self._depends = [describe(chain), _what_counts(settings), own]
         self._lines: dict[str, PeakLine | None] = {}
         self._peaks: dict[str, int] = {}
         self._flops: dict[str, list[float]] = {}
@@ -169,6 +169,12 @@ def _what_counts(settings: ClientSettings) -> list[Any]:
     clips, momentum = settings.clip_norm is not None, settings.momentum > 0
     return [settings.optimizer, momentum, settings.nesterov, settings.weight_decay > 0, clips,
             settings.activation_checkpointing, settings.precision]
+
+
+def _trains_plainly(strategy: Strategy) -> bool:
+    """Whether the strategy's clients do what those of every strategy do that says nothing else."""
+    methods = ("region", "build", "receive", "loss", "upload", "remember")
+    return not strategy.keeps_state and all(getattr(type(strategy), name) is getattr(Strategy, name) for name in methods)
 
 
 def with_batch(plan: Plan, batch_size: int) -> Plan:

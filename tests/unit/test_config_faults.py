@@ -110,8 +110,8 @@ ONE_FAULT = [
      "`codecs.error_feedbak` is not a setting; known here: down, up, error_feedback. Did you mean "
      "'error_feedback'?"),
     ("codecs={error_feedback: true}",
-     "`codecs.error_feedback` must be false unless `codecs.up` is one of int4, int8, int8_affine, qsgd, random_k, top_k, but is "
-     "true with 'fp32', which leaves nothing out that could be made up for."),
+     "`codecs.error_feedback` must be false unless `codecs.up` is one of int4, int8, int8_affine, qsgd, random_k, top_k, but "
+     "is true with 'fp32', which leaves nothing out that could be made up for."),
     # Things chosen by name.
     ("strategy=fedavgg", "`strategy` must be one of exclusivefl, fedavg, fedprox, but is 'fedavgg'. Did you mean 'fedavg'?"),
     ("strategy={name: fedavgg, mu: 1}",

@@ -1,3 +1,5 @@
+import dataclasses
+
 import pytest
 import torch
 
@@ -7,7 +9,7 @@ from dfed.fleet import DeviceProfile
 from dfed.memory import CPU_OVERHEAD_BYTES, GREY_ZONE
 from dfed.models import build_chain
 from dfed.plan import Phase, Plan
-from dfed.planner import ClientPlanner, Costs, learn, with_batch
+from dfed.planner import ClientPlanner, Costs, Store, learn, with_batch
 from dfed.registry import STRATEGIES
 from dfed.strategies import Problem, Strategy
 
@@ -24,6 +26,12 @@ def costs_of(model, options, shape, classes, *, strategy="fedavg", device=CPU, *
     costs = Costs(made, client, Forms(made, splitting, shapes), device)
     weights = sum(parameter.numel() for parameter in chain.parameters())
     return costs, Plan(client=0, hold=splitting.names, train=splitting.names, phases=client.phases), weights
+
+
+def chain_problem():
+    chain = build_chain("mlp", {"hidden": [32]}, input_shape=(1, 8, 8), num_classes=4)
+    phases = (Phase(batch_size=8, epochs=1),)
+    return Problem(chain=chain, splitting=Splitting.by_unit(chain.unit_names), phases=phases, num_clients=1, seed=0)
 
 
 def test_flops_of_an_mlp_by_hand():
@@ -196,3 +204,24 @@ def test_one_step_never_meets_the_optimisers_state():
     assert costs.peak_bytes(more) == costs.peak_bytes(plan)
     # Where activations make the peak, the two moments lie beside them from the second step on.
     assert costs.peak_bytes(once) < costs.peak_bytes(plan)
+
+
+def test_strategies_that_train_alike_share_their_predictions(monkeypatch):
+    small, store = chain_problem(), Store(None)
+    names = small.splitting.names
+    made = {}
+    for name, clients in (("fedavg", 1), ("exclusivefl", 20), ("fedprox", 20)):
+        problem = dataclasses.replace(small, num_clients=clients)
+        strategy = STRATEGIES.get(name)(problem)
+        shapes = {n: tuple(t.shape) for n, t in problem.chain.state_dict().items() if t.is_floating_point()}
+        costs = Costs(strategy, ClientSettings(), Forms(strategy, problem.splitting, shapes), CPU, store=store, identity=name)
+        predictions = []
+        course = Costs._course
+        monkeypatch.setattr(Costs, "_course", lambda self, plan: predictions.append(1) or course(self, plan))
+        peak = costs.peak_bytes(Plan(client=0, hold=names, train=names, phases=problem.phases))
+        monkeypatch.undo()
+        made[name] = (peak, len(predictions))
+    assert made["fedavg"][1] > 0
+    assert made["exclusivefl"] == (made["fedavg"][0], 0)
+    assert made["fedprox"][1] > 0  # whose loss keeps the received weights
+    assert made["fedprox"][0] > made["fedavg"][0]
