@@ -53,7 +53,7 @@ class IdleWorker:
     def __init__(self, job: Any):
         self._forms, self._seed = job.forms, job.seed
 
-    def work(self, order: Any, tasks: Any, sums: Any) -> tuple[list[dict[str, Any]], list[Any]]:
+    def work(self, order: Any, tasks: Any, sums: Any, deliver: Any) -> list[dict[str, Any]]:
         """A report for each task."""
         from dfed.client import ClientReport
         from dfed.comm import wire
@@ -69,7 +69,7 @@ class IdleWorker:
             down, up = form.down_bytes(round_index, plan.client), form.up_bytes(round_index, plan.client)
             reports.append(dict(vars(ClientReport(client=plan.client, loss=2.3, num_visits=1, num_steps=1, bytes_down=down,
                                                   bytes_up=up))))
-        return reports, []
+        return reports
 
 
 def run_rank(turns: int) -> None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections import deque
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from dfed.cohort import Cohort, Job, choose_cohort, client_rows, encode_order, round_row
@@ -84,37 +86,57 @@ def take_part(job: Job, order: Message) -> tuple[PartialSums, list[dict[str, Any
     meta, transport = order.meta, job.transport
     sums = job.sums.of({name: job.shapes[name] for name in meta["up_names"]})
 
-    # 3. Take the clients assigned to this rank, and 4. train them one after another, each under its cap.
+    # 3. Take the clients assigned to this rank, 4. train them one after another, each under its cap, and 5. send what they
+    # learned up: one sum over the ranks at the end, or each client's update by itself. Both give the same bits.
     tasks = meta["tasks"].get(str(transport.rank), [])
-    reports, updates = job.worker.work(order, tasks, sums) if job.worker else ([], [])
-
-    # 5. Up: one sum over the ranks, or each client's update by itself. Both give the same bits.
+    inbox = _Inbox(job, order, sums) if meta["exchange"] == "per_client" and transport.is_server else None
+    deliver = partial(inbox.take, transport.rank) if inbox is not None else transport.send
+    reports = job.worker.work(order, tasks, sums, deliver) if job.worker else []
+    if inbox is not None and not job.worker:
+        inbox.take_all()
     parts = transport.gather({"reports": reports, "stop": job.stop_requested()})
     if meta["exchange"] == "fused":
         transport.reduce(sums.flat)
-        return sums, parts
-    for update in updates:
-        transport.send(update)
-    if parts is not None:
-        _fold_updates(job, order, parts, sums)
+    elif parts is not None and inbox is not None:
+        inbox.mark(report for part in parts for report in part["reports"])
     return sums, parts
 
 
-def _fold_updates(job: Job, order: Message, gathered: Sequence[Mapping[str, Any]], sums: PartialSums) -> None:
-    """Take each client's own update from its rank and fold it (any order gives the same bits)."""
-    meta, sent = order.meta, wire.decode_all(order, seed=job.seed)
-    forms = [job.forms.of(Plan.from_json(plan)) for plan in meta["plans"]]
-    given = {task["client"]: (forms[task["plan"]], task["weight"]) for tasks in meta["tasks"].values() for task in tasks}
-    for rank, part in enumerate(gathered):
-        for report in part["reports"]:
-            if report["status"] != "completed":
-                continue
-            update = job.transport.receive(rank)
-            form, weight = given[report["client"]]
-            form.check_update(update, meta["round"], report["client"], rank)
-            try:
-                sums.add(form.decode_update(update, form.received(sent)), form.regions, weight * meta["scale"], meta["ranges"])
-            except UpdateRejected as error:
+class _Inbox:
+    """Where the server takes each client's own update and folds it; any order gives the same bits."""
+
+    def __init__(self, job: Job, order: Message, sums: PartialSums):
+        self._job, self._meta, self._sums = job, order.meta, sums
+        self._sent = wire.decode_all(order, seed=job.seed)
+        self._forms = [job.forms.of(Plan.from_json(plan)) for plan in order.meta["plans"]]
+        self._tasks = {task["client"]: task for tasks in order.meta["tasks"].values() for task in tasks}
+        self._due = {int(rank): deque(task["client"] for task in tasks) for rank, tasks in order.meta["tasks"].items()}
+        self._refused: dict[int, UpdateRejected] = {}
+
+    def take_all(self) -> None:
+        """Receive every rank's updates, in turn, as they come."""
+        while any(self._due.values()):
+            for rank in [rank for rank, due in self._due.items() if due]:
+                self.take(rank, self._job.transport.receive(rank))
+
+    def take(self, rank: int, update: Message) -> None:
+        """Fold the next update of this rank."""
+        client = self._due[rank].popleft()
+        if update.kind == "nothing" and dict(update.meta) == {"round": self._meta["round"], "client": client}:
+            return
+        task = self._tasks[client]
+        form = self._forms[task["plan"]]
+        form.check_update(update, self._meta["round"], client, rank)
+        try:
+            values = form.decode_update(update, form.received(self._sent))
+            self._sums.add(values, form.regions, task["weight"] * self._meta["scale"], self._meta["ranges"])
+        except UpdateRejected as error:
+            self._refused[client] = error
+
+    def mark(self, reports: Iterable[dict[str, Any]]) -> None:
+        """Write down in the reports which updates were refused."""
+        for report in reports:
+            if (error := self._refused.get(report["client"])) is not None:
                 report.update(status="failed", reason=error.reason, detail=str(error))
 
 

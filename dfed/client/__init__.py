@@ -1,7 +1,7 @@
 """The client's side: local training under a cap, and evaluation."""
 
 from dfed.client.evaluation import Evaluation, Evaluator, combine
-from dfed.client.forms import DEFAULT_CODEC, Form, Forms
+from dfed.client.forms import DEFAULT_CODEC, Form, Forms, nothing
 from dfed.client.report import ClientReport
 from dfed.client.settings import ClientSettings, ScheduleSettings, client_conflicts, make_optimizer
 from dfed.client.training import LocalResult, Skeleton, run_plan
@@ -22,5 +22,6 @@ __all__ = [
     "client_conflicts",
     "combine",
     "make_optimizer",
+    "nothing",
     "run_plan",
 ]

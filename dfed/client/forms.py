@@ -24,7 +24,7 @@ from dfed.plan import Plan
 from dfed.region import Region
 from dfed.strategies import Strategy
 
-__all__ = ["DEFAULT_CODEC", "PREFIX_BYTES", "Form", "Forms"]
+__all__ = ["DEFAULT_CODEC", "PREFIX_BYTES", "Form", "Forms", "nothing"]
 
 PREFIX_BYTES = 24
 """Magic number, header length and body length, int64 each, before every message."""
@@ -155,6 +155,11 @@ class Form:
                                                                                      device="meta"))
             self._lengths[key] = wire.encode_header(message.header()).numel()
         return {"header": PREFIX_BYTES + self._lengths[key] + body_bytes - sum(parts.values()), **parts}
+
+
+def nothing(round_index: int, client: int) -> Message:
+    """Stands for the update of a client that has none."""
+    return Message("nothing", _meta(round_index, client), (), torch.empty(0, dtype=torch.uint8))
 
 
 def _meta(round_index: int, client: int) -> dict[str, int]:

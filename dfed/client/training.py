@@ -79,7 +79,7 @@ class Skeleton:
                 continue
             value = values[full_name]
             assert value.shape == empty.shape, f"{full_name}: {tuple(value.shape)} is not {tuple(empty.shape)}"
-            placed = torch.empty(empty.shape, dtype=empty.dtype, device=device).copy_(value)
+            placed = torch.empty(empty.shape, dtype=empty.dtype, device=device).copy_(value, non_blocking=True)
             is_parameter = isinstance(empty, nn.Parameter)
             table[name] = nn.Parameter(placed, requires_grad=empty.requires_grad) if is_parameter else placed
 

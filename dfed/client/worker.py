@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dfed import rng
-from dfed.client.forms import Form, Forms
+from dfed.client.forms import Form, Forms, nothing
 from dfed.client.home import ClientHome, errors_of, next_state, own_state
 from dfed.client.report import ClientReport
 from dfed.client.settings import ClientSettings, make_optimizer
@@ -108,8 +108,8 @@ class Worker:
         optimizer.step()
 
     def work(
-        self, message: Message, tasks: Iterable[Mapping[str, Any]], sums: PartialSums
-    ) -> tuple[list[dict[str, Any]], list[Message]]:
+        self, message: Message, tasks: Iterable[Mapping[str, Any]], sums: PartialSums, deliver: Callable[[Message], None]
+    ) -> list[dict[str, Any]]:
         """Play the clients of ``tasks`` for the round that ``message`` describes.
 
         Args:
@@ -117,9 +117,11 @@ class Worker:
             tasks: For each client ``client``, the ``plan``'s number among the message's, ``weight``; ``budget_bytes`` and the
                 predicted ``peak_bytes`` if it has a budget; the version of its ``state`` if it has one.
             sums: Updates are folded into these, if the exchange is fused.
+            deliver: Takes each client's update, if the exchange is per client, as soon as the client is done; of a client that
+                failed an empty message of the kind ``nothing``.
 
         Returns:
-            The clients' reports as JSON values, and their encoded updates if the exchange is per client.
+            The clients' reports as JSON values.
         """
         meta = message.meta
         values = wire.decode_all(message, seed=self._seed)
@@ -130,12 +132,13 @@ class Worker:
             raise CheckpointError(f"clients remember something from round to round, in {home.folder}, which every rank must "
                                   "reach, but this one does not: put the run folder (--out) where all nodes see it.")
         plans = [Plan.from_json(plan) for plan in meta["plans"]]
-        reports, updates = [], []
+        reports = []
         for task in tasks:
             report, update = self._play(plans[task["plan"]].for_client(task["client"]), task, down, sums)
             reports.append(dict(vars(report)))
-            updates += [update] if update is not None else []
-        return reports, updates
+            if down.per_client:
+                deliver(nothing(down.round_index, report.client) if update is None else update)
+        return reports
 
     def _play(
         self, plan: Plan, task: Mapping[str, Any], down: _Down, sums: PartialSums
@@ -234,7 +237,7 @@ class Worker:
             report.peak_bytes = meter.peak_bytes if meter is not None else None
         self._measured.add(plan.shape_key())
         report.num_visits, report.num_steps = result.num_visits, result.num_steps
-        return _on_cpu(result.update), _on_cpu(result.client_state)
+        return _on_cpu(result.update, self._device), _on_cpu(result.client_state, self._device)
 
     def _after_batch(self) -> None:
         if self._abandoned():
@@ -264,8 +267,14 @@ class Worker:
         return f" The client's {what} are finite: check the learning rate (`client.learning_rate`, `client.clip_norm`)."
 
 
-def _on_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: value.cpu() for name, value in tensors.items()}
+def _on_cpu(tensors: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    """The tensors on the CPU; from a GPU through page-locked memory, all at once."""
+    if device.type != "cuda":
+        return {name: value.cpu() for name, value in tensors.items()}
+    staged = {name: torch.empty(value.shape, dtype=value.dtype, pin_memory=True).copy_(value, non_blocking=True)
+              for name, value in tensors.items()}
+    torch.cuda.synchronize(device)
+    return staged
 
 
 def _device_generator(device: torch.device, seed: int, purpose: str, *keys: int) -> torch.Generator:

@@ -165,32 +165,56 @@ class PartialSums:
         """
         for name, value in update.items():
             assert tuple(value.shape) == regions[name].shape(self.shapes[name]), f"{name}: {tuple(value.shape)}"
-            check_values(name, value, ranges[name])
-        for name, value in update.items():
-            if name not in self._offsets:
-                offset = self._offsets[name] = 1.5 * ranges[name]
-                if name in self._unset:
-                    self._unset.remove(name)
-                    self._views[name].fill_(offset)
-                else:
-                    self._views[name].add_(offset)
-            self._add_one(name, value, regions[name], _odd(weight))
+        done = []
+        try:
+            for name, value in update.items():
+                self._begin(name, ranges[name])
+                self._add_one(name, value, regions[name], _odd(weight), ranges[name])
+                done.append(name)
+        except UpdateRejected:
+            for name in done:
+                self._add_one(name, update[name], regions[name], -_odd(weight), ranges[name])
+            raise
 
-    def _add_one(self, name: str, value: Tensor, region: Region, weight: float) -> None:
+    def _begin(self, name: str, limit: float) -> None:
+        """Bring the sums of a tensor to where additions are exact."""
+        if name in self._offsets:
+            return
+        offset = self._offsets[name] = 1.5 * limit
+        if name in self._unset:
+            self._unset.remove(name)
+            self._views[name].fill_(offset)
+        else:
+            self._views[name].add_(offset)
+
+    def _add_one(self, name: str, value: Tensor, region: Region, weight: float, limit: float) -> None:
+        """Add one tensor, or nothing if it is refused. A second time with the weight's negative takes it out again, exactly:
+        either way the sum moves by the product, rounded to the grid."""
         target, offset = region.view(self._views[name]), self._offsets[name]
         in_place = target.untyped_storage().data_ptr() == self._flat.untyped_storage().data_ptr()
         if not (in_place and value.is_contiguous() and target.is_contiguous()):
+            check_values(name, value, limit)
             region.add_(self._views[name], _rounded(value.to(torch.float64), weight, offset))
             return
-        source, sums = value.view(-1), target.view(-1)
+        source, sums, added = value.view(-1), target.view(-1), 0
+        try:
+            for start in range(0, source.numel(), self._chunk):
+                stop = min(start + self._chunk, source.numel())
+                check_values(name, source[start:stop], limit)  # here, where it leaves the chunk in the cache for the addition
+                self._add_chunk(source, sums, start, stop, weight, offset)
+                added = stop
+        except UpdateRejected:
+            for start in range(0, added, self._chunk):
+                self._add_chunk(source, sums, start, min(start + self._chunk, added), -weight, offset)
+            raise
+
+    def _add_chunk(self, source: Tensor, sums: Tensor, start: int, stop: int, weight: float, offset: float) -> None:
         fused = source.numel() - source.numel() % _LANES if _fuses() else 0
-        for start in range(0, source.numel(), self._chunk):
-            stop = min(start + self._chunk, source.numel())
-            scratch = self._scratch[:stop - start].copy_(source[start:stop])
-            whole = max(0, min(stop, fused) - start)
-            sums[start:start + whole].add_(scratch[:whole], alpha=weight)
-            if whole < stop - start:
-                sums[start + whole:stop].add_(_rounded(scratch[whole:], weight, offset))
+        scratch = self._scratch[:stop - start].copy_(source[start:stop])
+        whole = max(0, min(stop, fused) - start)
+        sums[start:start + whole].add_(scratch[:whole], alpha=weight)
+        if whole < stop - start:
+            sums[start + whole:stop].add_(_rounded(scratch[whole:], weight, offset))
 
 
 class SumsBuffer:

@@ -81,7 +81,7 @@ def join(settings: BackendSettings, device: torch.device) -> Link:
     options: dict[str, Any] = {"device_id": device} if backend == "nccl" else {}
     dist.init_process_group(backend, store=own_store, rank=rank, world_size=size, timeout=timeout, **options)
     where = device if backend == "nccl" else torch.device("cpu")
-    return Link(ProcessGroup(where, liveness), device, backend, reason)
+    return Link(ProcessGroup(where, liveness, pinned=device.type == "cuda"), device, backend, reason)
 
 
 def choose_device(settings: BackendSettings) -> torch.device:

@@ -127,14 +127,15 @@ class ProcessGroup(Transport):
 
     Args:
         device: Where the backend wants its tensors: the CPU for Gloo, this rank's GPU for NCCL.
+        pinned: Whether messages arrive in page-locked memory: where clients train on a GPU.
         liveness: Finds out who died when a collective fails.
     """
 
-    def __init__(self, device: torch.device, liveness: Liveness):
+    def __init__(self, device: torch.device, liveness: Liveness, *, pinned: bool = False):
         self.rank, self.size, self.device = dist.get_rank(), dist.get_world_size(), device
         self._liveness = liveness
         self._round: Any = None
-        self._body = wire.Buffer()
+        self._body = wire.Buffer(pinned=pinned)
 
     def broadcast(self, message: Message | None) -> Message:
         prefix = torch.zeros(3, dtype=torch.int64)

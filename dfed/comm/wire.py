@@ -83,15 +83,20 @@ class Message:
 
 
 class Buffer:
-    """Keeps the memory of a message's body from one message to the next, which overwrites the one before."""
+    """Keeps the memory of a message's body from one message to the next, which overwrites the one before.
 
-    def __init__(self) -> None:
+    Args:
+        pinned: Whether the memory is page-locked, for copies to and from a GPU.
+    """
+
+    def __init__(self, *, pinned: bool = False) -> None:
+        self._pinned = pinned
         self._body = torch.empty(0, dtype=torch.uint8)
 
     def of(self, num_bytes: int) -> Tensor:
         """A uint8 tensor of this length, whose contents are not defined."""
         if self._body.numel() != num_bytes:
-            self._body = torch.empty(num_bytes, dtype=torch.uint8)
+            self._body = torch.empty(num_bytes, dtype=torch.uint8, pin_memory=self._pinned and num_bytes > 0)
         return self._body
 
 

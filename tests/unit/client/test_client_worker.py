@@ -83,7 +83,12 @@ class Setting:
     def work(self, tasks, exchange="fused"):
         sums, plans = PartialSums(self.small.shapes), [task["plan"] for task in tasks]
         numbered = [task | {"plan": number} for number, task in enumerate(tasks)]
-        reports, updates = self.worker.work(self.order(plans, exchange), numbered, sums)
+        delivered = []
+        reports = self.worker.work(self.order(plans, exchange), numbered, sums, delivered.append)
+        assert [dict(message.meta) for message in delivered] == (
+            [{"round": 2, "client": task["client"]} for task in tasks] if exchange == "per_client" else []
+        )
+        updates = [message for message in delivered if message.kind != "nothing"]
         return json.loads(json.dumps(reports)), updates, sums.flat.clone()
 
     def by_hand(self, client):

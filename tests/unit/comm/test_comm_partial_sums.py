@@ -174,7 +174,8 @@ def test_refused_updates_leave_no_trace():
     for bad, reason in ((math.nan, "non_finite"), (math.inf, "non_finite"), (-math.inf, "non_finite"),
                         (MIN_RANGE / 2, "out_of_range"), (-MIN_RANGE / 2, "out_of_range"), (3e38, "out_of_range")):
         for place in (0, 69_999, 70_002):
-            update = {"scalar": torch.tensor(1.0), "long": torch.ones(70_003)}  # the good tensor comes first
+            # What is good comes first, a tensor and the beginning of another, and must be taken out again.
+            update = {"scalar": torch.tensor(1 / 3), "long": torch.randn(70_003, generator=torch_generator(place, "update"))}
             update["long"][place] = bad
             with pytest.raises(UpdateRejected, match="tensor 'long' must") as caught:
                 sums.add(update, {"scalar": WHOLE, "long": WHOLE}, scale, RANGES)
