@@ -2,10 +2,11 @@
 
 *Exchange.* The rounds of a federation of ResNet18 (3 × 32 × 32, 10 classes: 45 MB) with 2 and with 4 client ranks, as a run
 makes them: the order is encoded and broadcast, every rank takes its payloads out of it, reports are gathered, partial sums
-reduced. Training and folding are left out. The reference is one bare `broadcast` and one bare `reduce` of the same bytes,
-in the same processes, turn by turn. Cohorts of 50 and of 500 clients, likewise turn by turn.
+reduced. Training is left out, and the time of folding taken off. The reference is one bare `broadcast` and one bare
+`reduce` of the same bytes, in the same processes, turn by turn. Cohorts of 50 and of 500 clients, likewise turn by turn.
 
-*Folding.* One client's update into the partial sums against `add_` of float32 tensors of the same shapes.
+*Folding.* Two clients' updates into the partial sums, one after the other, against `add_` of float32 tensors of the same
+shapes, twice.
 
 *Codecs.* Encoding and decoding every tensor of the model, on one thread, against `copy_` of the same tensors, as speeds; and
 the bytes of the encoded model, header included, as a share of float32's.
@@ -33,6 +34,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dfed.memory import malloc
+
 COHORTS = (50, 500)
 CODECS = ("fp32", "fp16", "bf16", "int8", "int8_affine", "int4", "qsgd", "top_k(density=0.01)", "random_k(density=0.01)",
           "bitmask(density=0.5)")
@@ -50,11 +53,12 @@ CONFIG = {
 class IdleWorker:
     """Takes the payloads of its tasks out of the order, as a worker does, and reports without training."""
 
-    def __init__(self, job: Any):
-        self._forms, self._seed = job.forms, job.seed
+    def __init__(self, job: Any, update: Mapping[str, Tensor]):
+        self._forms, self._seed, self._update = job.forms, job.seed, update
+        self.fold_s = 0.0
 
     def work(self, order: Any, tasks: Any, sums: Any, deliver: Any) -> list[dict[str, Any]]:
-        """A report for each task."""
+        """A report for each task. The first client's update is folded, since sums do not come from nowhere."""
         from dfed.client import ClientReport
         from dfed.comm import wire
         from dfed.plan import Plan
@@ -66,6 +70,10 @@ class IdleWorker:
             form = self._forms.of(plan)
             if plan.shape_key() not in received:
                 received[plan.shape_key()] = form.received(values)
+                start = time.perf_counter()
+                for _ in range(2):
+                    sums.add(self._update, form.regions, order.meta["scale"], order.meta["ranges"])
+                self.fold_s = time.perf_counter() - start
             down, up = form.down_bytes(round_index, plan.client), form.up_bytes(round_index, plan.client)
             reports.append(dict(vars(ClientReport(client=plan.client, loss=2.3, num_visits=1, num_steps=1, bytes_down=down,
                                                   bytes_up=up))))
@@ -89,9 +97,10 @@ def run_rank(turns: int) -> None:
     link = join(config.backend, prepared.device)
     job = assemble(prepared, link, StopFlag()).job
     transport = link.transport
-    job = replace(job, worker=IdleWorker(job) if transport.is_client else None)
     model = materialise(prepared.chain.skeleton(), torch_generator(0, "init"))
     params = {name: value.detach() for name, value in model.state_dict().items() if name in job.shapes}
+    worker = IdleWorker(job, params)
+    job = replace(job, worker=worker if transport.is_client else None)
     cohorts: dict[int, Any] = {}
     if transport.is_server:
         state = job.strategy.init(params)
@@ -103,24 +112,29 @@ def run_rank(turns: int) -> None:
         dist.broadcast(payload, src=0)
         dist.reduce(sums, dst=0)
 
-    def exchange(size: int) -> None:
-        message = None
-        if transport.is_server:
-            sized, cohort = cohorts[size]  # with plans as new as a strategy's
-            fresh = replace(cohort, plans={client: replace(plan) for client, plan in cohort.plans.items()})
-            message = encode_order(sized, state, fresh)
+    def as_planned(size: int) -> Any:
+        """The cohort, with plans as new as a strategy's."""
+        sized, cohort = cohorts[size]
+        return sized, replace(cohort, plans={client: replace(plan) for client, plan in cohort.plans.items()})
+
+    def exchange(planned: Any) -> None:
+        message = encode_order(planned[0], state, planned[1]) if transport.is_server else None
         take_part(job, transport.broadcast(message))
 
-    works: dict[str, Callable[[], None]] = {"bare": bare, **{str(size): lambda size=size: exchange(size) for size in COHORTS}}
+    works: dict[str, Callable[[Any], None]] = {"bare": lambda _: bare(), **dict.fromkeys(map(str, COHORTS), exchange)}
     times: dict[str, list[float]] = {name: [] for name in works}
     for turn in range(turns + 2):
         for name, work in works.items():
+            planned = as_planned(int(name)) if transport.is_server and name != "bare" else None
+            worker.fold_s = 0.0
             dist.barrier()
             start = time.perf_counter()
-            work()
+            work(planned)
             dist.barrier()
+            seconds, folding = time.perf_counter() - start, torch.tensor(worker.fold_s)
+            dist.all_reduce(folding, dist.ReduceOp.MAX)
             if turn >= 2:
-                times[name].append(time.perf_counter() - start)
+                times[name].append(seconds - float(folding))
     if transport.is_server:
         print(json.dumps(times), flush=True)
     transport.close()
@@ -159,7 +173,7 @@ def model_tensors() -> dict[str, Tensor]:
 
 
 def fold_ratio(tensors: Mapping[str, Tensor], turns: int) -> float:
-    """Time of folding one update against an addition in float32, turn by turn."""
+    """Time of folding two updates against two additions in float32, turn by turn."""
     from dfed.comm.partial_sums import PartialSums, value_range
     from dfed.region import WHOLE
 
@@ -168,15 +182,19 @@ def fold_ratio(tensors: Mapping[str, Tensor], turns: int) -> float:
     totals = {name: torch.zeros_like(value) for name, value in tensors.items()}
     regions = dict.fromkeys(tensors, WHOLE)
 
+    others = {name: value.clone() for name, value in tensors.items()}
+
     def fold() -> None:
-        sums.add(tensors, regions, 0.001, ranges)
+        for update in (tensors, others):
+            sums.add(update, regions, 0.001, ranges)
 
     def add() -> None:
-        for name, value in tensors.items():
-            totals[name].add_(value)
+        for update in (tensors, others):
+            for name, value in update.items():
+                totals[name].add_(value)
 
     folded, added = _turns([fold, add], turns)
-    print(f"\nfolding {statistics.median(folded) * 1e3:.1f} ms, float32 addition {statistics.median(added) * 1e3:.1f} ms, "
+    print(f"\nan update: folding {statistics.median(folded) * 500:.1f} ms, float32 addition {statistics.median(added) * 500:.1f} ms, "
           f"ratio {_ratio(folded, added):.2f}")
     return _ratio(folded, added)
 
@@ -245,6 +263,7 @@ def main() -> None:
     parser.add_argument("--rank", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.set_num_threads(1)
+    malloc.roomy()  # as a rank that caps nobody
     if options.rank:
         run_rank(options.turns)
         return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 import hashlib
@@ -93,8 +94,9 @@ class Plan:
 
     def for_client(self, client: int) -> Plan:
         """The same plan for another client."""
-        plan = dataclasses.replace(self, client=client)
-        plan.__dict__["_shape_key"] = self._shape_key  # what is known of this one holds for that one
+        self.shape_key()  # what is known of this one holds for that one
+        plan = copy.copy(self)
+        plan.__dict__["client"] = client
         return plan
 
     @classmethod

@@ -94,6 +94,8 @@ def take_part(job: Job, order: Message) -> tuple[PartialSums, list[dict[str, Any
     reports = job.worker.work(order, tasks, sums, deliver) if job.worker else []
     if inbox is not None and not job.worker:
         inbox.take_all()
+    if not job.worker:
+        _ = sums.flat  # zeroed while the clients are at work
     parts = transport.gather({"reports": reports, "stop": job.stop_requested()})
     if meta["exchange"] == "fused":
         transport.reduce(sums.flat)

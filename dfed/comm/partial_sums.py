@@ -22,19 +22,21 @@ from __future__ import annotations
 import functools
 import math
 import struct
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from fractions import Fraction
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from dfed.errors import DfedError, UpdateRejected
-from dfed.region import Region
+from dfed.region import WHOLE, Region
 
 __all__ = ["MIN_RANGE", "PartialSums", "SumsBuffer", "value_range", "weight_scale"]
 
 MIN_RANGE = 2.0**14
 _HEADROOM = 64.0
+_SMALL_NORM = 0.99 * MIN_RANGE / _HEADROOM  # the rest is for the rounding of the norm
 _CHUNK = 65_536  # float64 chunks of 512 KiB stay in a core's second-level cache
 _UNDIVIDED = 32_768  # torch never divides so few entries among threads, at places that are no whole vectors
 _LANES = 64  # a multiple of what any processor's vectors hold
@@ -48,6 +50,9 @@ def value_range(tensor: Tensor) -> float:
     """
     if tensor.numel() == 0:
         return MIN_RANGE
+    flat = tensor.reshape(-1)
+    if float(torch.dot(flat, flat)) < _SMALL_NORM**2:
+        return MIN_RANGE  # the cheap way: no entry is larger than the norm; false also for NaN
     low, high = torch.aminmax(tensor)
     largest = max(-float(low), float(high))
     if not math.isfinite(largest):
@@ -99,8 +104,20 @@ def _fuses() -> bool:
     )
 
 
+class _Update(NamedTuple):
+    """One client's update, its weight with the last bit set."""
+
+    values: Mapping[str, Tensor]
+    regions: Mapping[str, Region]
+    weight: float
+    ranges: Mapping[str, float]
+
+
 class PartialSums:
     """The weighted sums of one round on one rank: float64, one flat buffer, in the global tensors' layout.
+
+    Every other update waits for the next one, and both are folded in one pass over the sums, which is what costs. So the
+    tensors of one update are kept a while, and must not be changed.
 
     Args:
         shapes: Of the tensors that come up this round, by name.
@@ -116,6 +133,7 @@ class PartialSums:
             self._views[name] = self._flat[offset:offset + size].view(shape)
             offset += size
         self._offsets: dict[str, float] = {}  # what each tensor's sums stand above their values at present
+        self._waiting: _Update | None = None
         self._unset = set(self.shapes)  # tensors whose sums are zero, though the buffer holds anything
         self._chunk = _CHUNK if torch.get_num_threads() == 1 else _UNDIVIDED
         self._scratch = torch.empty(self._chunk, dtype=torch.float64)
@@ -132,7 +150,10 @@ class PartialSums:
         return self._views[name]
 
     def _settle(self) -> None:
-        """Bring every sum from where it was kept to its value; exact."""
+        """Fold what waits, and bring every sum from where it was kept to its value; exact."""
+        if self._waiting is not None:
+            waiting, self._waiting = self._waiting, None
+            self._fold(waiting)
         for name in self._unset:
             self._views[name].zero_()
         self._unset.clear()
@@ -142,6 +163,7 @@ class PartialSums:
 
     def clear(self) -> None:
         """Set all sums to zero."""
+        self._waiting = None
         self._offsets.clear()
         self._unset = set(self.shapes)
 
@@ -165,16 +187,27 @@ class PartialSums:
         """
         for name, value in update.items():
             assert tuple(value.shape) == regions[name].shape(self.shapes[name]), f"{name}: {tuple(value.shape)}"
-        done = []
-        try:
-            for name, value in update.items():
-                self._begin(name, ranges[name])
-                self._add_one(name, value, regions[name], _odd(weight), ranges[name])
-                done.append(name)
-        except UpdateRejected:
-            for name in done:
-                self._add_one(name, update[name], regions[name], -_odd(weight), ranges[name])
-            raise
+            check_values(name, value, ranges[name])
+        mine = _Update(update, regions, _odd(weight), ranges)
+        if self._waiting is None:
+            self._waiting = mine
+        else:
+            waiting, self._waiting = self._waiting, None
+            self._fold(waiting, mine)
+
+    def _fold(self, *updates: _Update) -> None:
+        for name in dict.fromkeys(name for update in updates for name in update.values):
+            parts = [(update.values[name], update.regions[name], update.weight) for update in updates if name in update.values]
+            self._begin(name, next(update.ranges[name] for update in updates if name in update.values))
+            region = parts[0][1]
+            target, offset = region.view(self._views[name]), self._offsets[name]
+            in_place = region is WHOLE or target.untyped_storage().data_ptr() == self._flat.untyped_storage().data_ptr()
+            if (in_place and target.is_contiguous() and all(part[1] == region for part in parts)
+                    and all(value.is_contiguous() for value, _, _ in parts)):
+                self._add_flat(target.view(-1), [(value.view(-1), weight) for value, _, weight in parts], offset)
+                continue
+            for value, region, weight in parts:
+                region.add_(self._views[name], _rounded(value.to(torch.float64), weight, offset))
 
     def _begin(self, name: str, limit: float) -> None:
         """Bring the sums of a tensor to where additions are exact."""
@@ -187,34 +220,19 @@ class PartialSums:
         else:
             self._views[name].add_(offset)
 
-    def _add_one(self, name: str, value: Tensor, region: Region, weight: float, limit: float) -> None:
-        """Add one tensor, or nothing if it is refused. A second time with the weight's negative takes it out again, exactly:
-        either way the sum moves by the product, rounded to the grid."""
-        target, offset = region.view(self._views[name]), self._offsets[name]
-        in_place = target.untyped_storage().data_ptr() == self._flat.untyped_storage().data_ptr()
-        if not (in_place and value.is_contiguous() and target.is_contiguous()):
-            check_values(name, value, limit)
-            region.add_(self._views[name], _rounded(value.to(torch.float64), weight, offset))
-            return
-        source, sums, added = value.view(-1), target.view(-1), 0
-        try:
-            for start in range(0, source.numel(), self._chunk):
-                stop = min(start + self._chunk, source.numel())
-                check_values(name, source[start:stop], limit)  # here, where it leaves the chunk in the cache for the addition
-                self._add_chunk(source, sums, start, stop, weight, offset)
-                added = stop
-        except UpdateRejected:
-            for start in range(0, added, self._chunk):
-                self._add_chunk(source, sums, start, min(start + self._chunk, added), -weight, offset)
-            raise
-
-    def _add_chunk(self, source: Tensor, sums: Tensor, start: int, stop: int, weight: float, offset: float) -> None:
-        fused = source.numel() - source.numel() % _LANES if _fuses() else 0
-        scratch = self._scratch[:stop - start].copy_(source[start:stop])
-        whole = max(0, min(stop, fused) - start)
-        sums[start:start + whole].add_(scratch[:whole], alpha=weight)
-        if whole < stop - start:
-            sums[start + whole:stop].add_(_rounded(scratch[whole:], weight, offset))
+    def _add_flat(self, sums: Tensor, parts: Sequence[tuple[Tensor, float]], offset: float) -> None:
+        """Add flat values with their weights, chunk by chunk, so that the sums come into the cache once for all of them."""
+        total = sums.numel()
+        fused = total - total % _LANES if _fuses() else 0
+        for start in range(0, total, self._chunk):
+            stop = min(start + self._chunk, total)
+            whole = max(0, min(stop, fused) - start)
+            for value, weight in parts:
+                scratch = self._scratch[:stop - start].copy_(value[start:stop])
+                if whole:
+                    sums[start:start + whole].add_(scratch[:whole], alpha=weight)
+                if whole < stop - start:
+                    sums[start + whole:stop].add_(_rounded(scratch[whole:], weight, offset))
 
 
 class SumsBuffer:
