@@ -194,7 +194,8 @@ def fold_ratio(tensors: Mapping[str, Tensor], turns: int) -> float:
                 totals[name].add_(value)
 
     folded, added = _turns([fold, add], turns)
-    print(f"\nan update: folding {statistics.median(folded) * 500:.1f} ms, float32 addition {statistics.median(added) * 500:.1f} ms, "
+    milliseconds = [500 * statistics.median(times) for times in (folded, added)]
+    print(f"\nan update: folding {milliseconds[0]:.1f} ms, float32 addition {milliseconds[1]:.1f} ms, "
           f"ratio {_ratio(folded, added):.2f}")
     return _ratio(folded, added)
 
