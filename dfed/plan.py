@@ -74,6 +74,8 @@ class Plan:
         down: Codec of each block that is not sent down as fp32.
         up: Codec of each block that is not sent up as fp32.
         options: What else a strategy wants to tell its own ``build`` and ``loss``; JSON values only.
+        details: Likewise, where it matters neither for memory nor for arithmetic, such as where a window stands in this round:
+            plans that differ in these only count as one for the planner.
     """
 
     client: int
@@ -83,6 +85,7 @@ class Plan:
     down: Mapping[str, str] = field(default_factory=dict)
     up: Mapping[str, str] = field(default_factory=dict)
     options: Mapping[str, Any] = field(default_factory=dict)
+    details: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         missing = set(self.train) - set(self.hold)
@@ -112,7 +115,8 @@ class Plan:
 
     def cost_key(self) -> str:
         """32 hexadecimal digits that are equal for plans whose training needs the same memory: whoever the client, however
-        the tensors travel, and however long it trains (one step, before which the optimiser has no state, or more).
+        the tensors travel, whatever the details, and however long it trains (one step, before which the optimiser has no state,
+        or more).
         """
         options = json.dumps(self.options, sort_keys=True) if self.options else "{}"
         phases = tuple((phase.objective, phase.batch_size, phase.steps == 1) for phase in self.phases)
@@ -120,7 +124,7 @@ class Plan:
 
     @cached_property
     def _shape_key(self) -> str:
-        if self.options or self.down or self.up:
+        if self.options or self.details or self.down or self.up:
             value = self.to_json()
             del value["client"]
             return json.dumps(value, sort_keys=True)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -22,6 +23,7 @@ RICH = _plan(
     phases=(Phase(batch_size=4, epochs=2), Phase(batch_size=16, steps=5, objective="distil")),
     down={"stem": "bf16"}, up={"head": "fp16"},
     options={"rate": 0.25, "widths": [1, 2, None], "nested": {"on": True, "name": "ä"}},
+    details={"first": 3},
 )
 
 
@@ -51,13 +53,28 @@ def test_the_shape_key_tells_plans_apart_but_not_clients():
         {"hold": ("stem", "body", "head")}, {"train": ("stem", "head")}, {"down": {}},
         {"up": {"head": "bf16"}},
         {"phases": RICH.phases[:1]}, {"phases": RICH.phases[::-1]}, {"options": {}},
-        {"options": RICH.options | {"rate": 0.5}},
+        {"options": RICH.options | {"rate": 0.5}}, {"details": {}}, {"details": {"first": 4}},
     ]
     keys = {dataclasses.replace(RICH, **change).shape_key() for change in changes}
     assert len(keys) == len(changes)
     assert RICH.shape_key() not in keys
     assert _plan(down={"stem": "fp16", "head": "bf16"}).shape_key() == _plan(down={"head": "bf16",
                                                                                    "stem": "fp16"}).shape_key()
+
+
+def test_the_cost_key_tells_apart_what_needs_other_memory():
+    same = [_plan(), _plan(client=9), _plan(details={"first": 2}), _plan(details={"first": 3}), _plan(up={"head": "int8"}),
+            _plan(phases=tuple(replace(phase, epochs=None, steps=7) for phase in _plan().phases))]
+    assert len({plan.cost_key() for plan in same}) == 1
+    other = [_plan(), _plan(options={"rate": 0.5}), _plan(train=()),
+             _plan(phases=tuple(replace(phase, batch_size=3) for phase in _plan().phases)),
+             _plan(phases=tuple(replace(phase, epochs=None, steps=1) for phase in _plan().phases))]
+    assert len({plan.cost_key() for plan in other}) == len(other)
+    # What is sent, and the sub-model, may depend on all of them but the client.
+    assert len({plan.shape_key() for plan in same}) == len(same) - 1
+    for plan in same:
+        assert plan.for_client(4) == replace(plan, client=4)
+        assert plan.for_client(4).shape_key() == plan.shape_key() == replace(plan, client=4).shape_key()
 
 
 def test_what_no_plan_can_be():
