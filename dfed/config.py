@@ -242,10 +242,12 @@ def _codec_parts(raw: Any, parts: dict[str, Any], faults: list[Fault]) -> None:
         elif choice is not None:
             parts["codecs"][direction] = CodecChoice(choice.name, choice.options)
     up = parts["codecs"].get("up")
-    if parts["error_feedback"] is True and up is not None and not codec_of(up.spec).of_change:
-        useful = ", ".join(name for name in CODECS if CODECS.get(name).of_change)
+    if parts["error_feedback"] is True and up is not None and not codec_of(up.spec).takes_feedback:
+        useful = ", ".join(name for name in CODECS if CODECS.get(name).takes_feedback)
+        grows = codec_of(up.spec).of_change
+        why = "is unbiased, so that errors would grow" if grows else "leaves nothing out to be made up for"
         faults.append(Fault("codecs.error_feedback", f"must be false unless `codecs.up` is one of {useful}, but is true with "
-                                                     f"'{up.name}', which leaves nothing out that could be made up for."))
+                                                     f"'{up.name}', which {why}."))
 
 
 def _cross_check(raw: Mapping[str, Any], faults: list[Fault]) -> None:

@@ -5,6 +5,8 @@
     ├── DataError (ValueError)          data that is missing, or cannot be dealt out as asked
     ├── CheckpointError                 a checkpoint that is absent, cut short, or of another run
     ├── WireError                       a message that is malformed; names round, client and rank
+    ├── SumsLost                        a rank's partial sums that were spoiled half-way through an addition
+    ├── ExchangeFailed                  an error of the server's while updates were on their way to it
     ├── UpdateRejected                  a client's update that must not enter the mean
     ├── TooManyFailures                 more of a cohort failed than ``server.max_failed_fraction`` allows
     └── RankLost                        a rank that died, or stopped answering
@@ -22,8 +24,10 @@ __all__ = [
     "ConfigError",
     "DataError",
     "DfedError",
+    "ExchangeFailed",
     "Fault",
     "RankLost",
+    "SumsLost",
     "TooManyFailures",
     "UpdateRejected",
     "WireError",
@@ -66,6 +70,14 @@ class CheckpointError(DfedError):
 
 class WireError(DfedError):
     """A message between ranks that is malformed."""
+
+
+class ExchangeFailed(DfedError):
+    """An error of the server's while the other ranks were sending; they cannot be told."""
+
+
+class SumsLost(DfedError):
+    """A rank's partial sums were spoiled half-way through an addition; the round cannot be completed."""
 
 
 class UpdateRejected(DfedError):

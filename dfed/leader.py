@@ -18,7 +18,7 @@ from dfed.client import DEFAULT_CODEC, Evaluation, combine
 from dfed.client.home import ClientHome
 from dfed.comm import Message, choose_device, join, wire
 from dfed.config import Config
-from dfed.errors import CheckpointError, RankLost, WireError
+from dfed.errors import CheckpointError, ExchangeFailed, RankLost, SumsLost, WireError
 from dfed.metrics import MetricsWriter, add_totals, empty_totals
 from dfed.models import materialise
 from dfed.report.console import Console, causes
@@ -120,7 +120,7 @@ class Leader:
                 self._save()
         except CheckpointError as another:
             logger.error("the rounds since the last checkpoint are lost: %s", another)
-        if not isinstance(error, (RankLost, WireError)):
+        if not isinstance(error, (RankLost, WireError, SumsLost, ExchangeFailed)):
             self.dismiss()
 
     def dismiss(self) -> None:

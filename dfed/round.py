@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import time
 from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 from dfed.cohort import Cohort, Job, choose_cohort, client_rows, encode_order, round_row
 from dfed.comm import Message, wire
 from dfed.comm.partial_sums import PartialSums
-from dfed.errors import TooManyFailures, UpdateRejected
+from dfed.errors import DfedError, ExchangeFailed, SumsLost, TooManyFailures, UpdateRejected, WireError
 from dfed.plan import Plan
 from dfed.planner import learn
 from dfed.server import Contribution, aggregate
@@ -53,7 +54,8 @@ def lead_round(job: Job, state: ServerState) -> RoundResult:
     order = job.transport.broadcast(encode_order(job, state, cohort))
 
     # 3. to 5. The ranks train their clients; sums and reports come up.
-    sums, parts = take_part(job, order)
+    with _no_answer(job):
+        sums, parts = take_part(job, order)
     assert parts is not None, "the server gathers"
     reports = sorted((report for part in parts for report in part["reports"]), key=lambda report: report["client"])
     _check_failures(job, reports, state.round_index)
@@ -75,6 +77,19 @@ def lead_round(job: Job, state: ServerState) -> RoundResult:
                   clients={**state.clients, **dict.fromkeys(keepers, state.round_index)})
     new = replace(new, facts=json.loads(json.dumps(new.facts, allow_nan=False)))  # as a checkpoint would give them back
     return RoundResult(new, row, clients, any(part["stop"] for part in parts))
+
+
+@contextmanager
+def _no_answer(job: Job) -> Iterator[None]:
+    """While updates cross, the other ranks listen to nothing else: an error of the server's must not wait for them."""
+    try:
+        yield
+    except (DfedError, KeyboardInterrupt):
+        raise
+    except Exception as error:
+        if job.transport.size == 1:
+            raise
+        raise ExchangeFailed(f"the server could not take what the ranks sent: {type(error).__name__}: {error}") from error
 
 
 def take_part(job: Job, order: Message) -> tuple[PartialSums, list[dict[str, Any]] | None]:
@@ -113,7 +128,7 @@ class _Inbox:
         self._forms = [job.forms.of(Plan.from_json(plan)) for plan in order.meta["plans"]]
         self._tasks = {task["client"]: task for tasks in order.meta["tasks"].values() for task in tasks}
         self._due = {int(rank): deque(task["client"] for task in tasks) for rank, tasks in order.meta["tasks"].items()}
-        self._refused: dict[int, UpdateRejected] = {}
+        self._refused: dict[int, tuple[str, str]] = {}
 
     def take_all(self) -> None:
         """Receive every rank's updates, in turn, as they come."""
@@ -132,14 +147,18 @@ class _Inbox:
         try:
             values = form.decode_update(update, form.received(self._sent))
             self._sums.add(values, form.regions, task["weight"] * self._meta["scale"], self._meta["ranges"])
+        except (SumsLost, WireError):
+            raise
         except UpdateRejected as error:
-            self._refused[client] = error
+            self._refused[client] = error.reason, str(error)
+        except Exception as error:  # as where a rank folds: one client's update is no reason to end the run
+            self._refused[client] = "exception", f"{type(error).__name__}: {error}"
 
     def mark(self, reports: Iterable[dict[str, Any]]) -> None:
         """Write down in the reports which updates were refused."""
         for report in reports:
-            if (error := self._refused.get(report["client"])) is not None:
-                report.update(status="failed", reason=error.reason, detail=str(error))
+            if (refused := self._refused.get(report["client"])) is not None:
+                report.update(status="failed", reason=refused[0], detail=refused[1], loss=None)
 
 
 def _infeasible(job: Job, cohort: Cohort, clients: Sequence[Mapping[str, Any]], state: ServerState) -> Mapping[str, int]:

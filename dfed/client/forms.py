@@ -19,7 +19,7 @@ from torch import Tensor
 from dfed.blocks import Splitting
 from dfed.comm import wire
 from dfed.comm.wire import Entry, Message
-from dfed.errors import UpdateRejected, WireError
+from dfed.errors import ConfigError, Fault, UpdateRejected, WireError
 from dfed.plan import Plan
 from dfed.region import Region
 from dfed.strategies import Strategy
@@ -109,12 +109,10 @@ class Form:
 
         Arguments as for :meth:`encode_update`.
         """
-        wrong = {name: value.dtype for name, value in tensors.items() if value.dtype != torch.float32}
-        assert not wrong, f"a strategy must upload float32, but uploads {wrong}"
         meta, arrives = _meta(round_index, client), {}
         for entry in self.up:
             if entry.codec == DEFAULT_CODEC:
-                arrives[entry.name] = tensors[entry.name]
+                arrives[entry.name] = _to_encode(entry, tensors, base, errors)
                 continue
             key = wire.codec_key(entry, self.seed, "update", meta)
             codec, data = wire.codec_of(entry.codec), torch.empty(entry.num_bytes, dtype=torch.uint8)
@@ -130,7 +128,7 @@ class Form:
             tensors, errors: As given to the encoding.
             arrives: What the server gets.
         """
-        names = [entry.name for entry in self.up if wire.codec_of(entry.codec).of_change]
+        names = [entry.name for entry in self.up if wire.codec_of(entry.codec).takes_feedback]
         return {name: tensors[name] - arrives[name] + errors.get(name, 0.0) for name in names}
 
     @cached_property
@@ -190,13 +188,15 @@ def _to_encode(entry: Entry, tensors: Mapping[str, Tensor], base: Mapping[str, T
         UpdateRejected: If it is not finite and the codec cannot say so.
     """
     value = tensors[entry.name]
-    assert value.dtype == torch.float32, f"a strategy must upload float32, but uploads {entry.name} as {value.dtype}"
+    if value.dtype != torch.float32 or tuple(value.shape) != entry.shape:
+        raise TypeError(f"a strategy must upload '{entry.name}' as float32 of shape {entry.shape}, but uploads {value.dtype} "
+                        f"of shape {tuple(value.shape)}.")
     if entry.codec != DEFAULT_CODEC and not bool(torch.isfinite(value).all()):
         raise UpdateRejected("non_finite", f"tensor '{entry.name}' must be finite, but has entries that are not.")
     if not wire.codec_of(entry.codec).of_change:
         return value
     change = value - base[entry.name]
-    return change + errors[entry.name] if entry.name in errors else change
+    return change + errors[entry.name] if entry.name in errors and wire.codec_of(entry.codec).takes_feedback else change
 
 
 def _decoded(entry: Entry, value: Tensor, base: Mapping[str, Tensor]) -> Tensor:
@@ -232,8 +232,12 @@ class Forms:
         sent = {}
         for name, shape in parts.items():
             probe = self._strategy.upload(name, torch.empty(shape, device="meta"), regions[name], plan)
+            if probe is not None and tuple(probe.shape) != shape:
+                message = (f"must upload of each tensor the part that its client holds, but uploads '{name}' of shape "
+                           f"{tuple(probe.shape)} instead of {shape}.")
+                raise ConfigError([Fault("strategy", message)])
             if probe is not None:
-                sent[name] = tuple(probe.shape)
+                sent[name] = shape
         up, up_body_bytes = self._layout(sent, plan.up, self._codecs["up"])
         return Form(regions, down, up, down_body_bytes, up_body_bytes, self._strategy.problem.seed)
 

@@ -76,7 +76,8 @@ class ClientHome:
         """
         path = self.path(client, version)
         partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-        own = {name: value.contiguous() for name, value in tensors.items()}
+        # Copies, as the file format wants storage that is not shared.
+        own = {name: value.clone(memory_format=torch.contiguous_format) for name, value in tensors.items()}
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             save_file(own, partial, metadata={"crc32": _checksum(own)})
@@ -97,7 +98,7 @@ class ClientHome:
             path = self.path(client, version)
             folders.add(path.parent)
             _flush(path)
-        for folder in sorted(folders):
+        for folder in sorted(folders) + [self.folder] * bool(folders):
             _flush(folder)
 
     def check(self, versions: Mapping[int, int]) -> None:

@@ -165,8 +165,20 @@ def run_plan(
             if sent is not None:
                 update[name] = sent
     if strategy.keeps_state:
-        client_state = {name: value.detach() for name, value in strategy.remember(model, client_state, plan).items()}
+        client_state = _checked(strategy.remember(model, client_state, plan))
     return LocalResult(update, client_state, loss_sum, num_visits, num_steps)
+
+
+def _checked(remembered: Any) -> dict[str, Tensor]:
+    """What a strategy has a client remember, if it can be kept."""
+    if not isinstance(remembered, Mapping):
+        raise TypeError(f"`remember` must return tensors by name, but returns a {type(remembered).__name__}.")
+    for name, value in remembered.items():
+        if not (isinstance(name, str) and isinstance(value, Tensor) and value.dtype == torch.float32
+                and value.layout == torch.strided):
+            what = f"{value.dtype}, {value.layout}" if isinstance(value, Tensor) else type(value).__name__
+            raise TypeError(f"`remember` must return dense float32 tensors by name, but returns {name!r}: {what}.")
+    return {name: value.detach() for name, value in remembered.items()}
 
 
 def rehearse(strategy: Strategy, plan: Plan, skeleton: Skeleton, values: Mapping[str, Tensor], regions: Mapping[str, Region],

@@ -28,7 +28,7 @@ from dfed.comm import wire
 from dfed.comm.partial_sums import PartialSums, check_values
 from dfed.comm.wire import Message
 from dfed.data import AUGMENTATIONS, Dataset, Partition, client_batches
-from dfed.errors import CheckpointError, RankLost, UpdateRejected
+from dfed.errors import CheckpointError, RankLost, SumsLost, UpdateRejected
 from dfed.plan import Phase, Plan
 from dfed.strategies import Strategy
 
@@ -146,13 +146,14 @@ class Worker:
         form, budget_bytes = self._forms.of(plan), task.get("budget_bytes")
         kept = {} if down.home is None else down.home.load(plan.client, task.get("state"))
         report = ClientReport(client=plan.client, bytes_down=form.down_bytes(down.round_index, plan.client), bytes_up={})
-        start, update = time.perf_counter(), None
+        start, update, cap_bytes = time.perf_counter(), None, budget_bytes if self._cap.enforces else None
         try:
             base = down.received.get(plan.shape_key())
             if base is None:
                 base = down.received[plan.shape_key()] = form.received(down.values)
             train = partial(self._train, plan, form, base, task, down, report, own_state(kept))
             tensors, remembered = self._thread.run_under(self._cap, train)
+            cap_bytes = None  # what fails from here on is no fault of the device's
             report.bytes_up = form.up_bytes(down.round_index, plan.client)
             errors = errors_of(kept, form) if self._feeds_back else {}
             if down.per_client:
@@ -162,18 +163,19 @@ class Worker:
                     check_values(name, value, down.ranges[name])
             else:
                 arrives = form.through_codecs(down.round_index, plan.client, tensors, base, errors)
-                sums.add(arrives, form.regions, task["weight"] * down.scale, down.ranges)
             if down.home is not None:
                 left_out = form.left_out(tensors, arrives, errors) if self._feeds_back else {}
                 down.home.save(plan.client, down.round_index, next_state(kept, remembered, left_out, form, self._shapes))
-                report.keeps_state = True
-        except (RankLost, CheckpointError, KeyboardInterrupt):
+            if not down.per_client:  # last: what is in the sums cannot fail any more
+                sums.add(arrives, form.regions, task["weight"] * down.scale, down.ranges)
+            report.keeps_state = down.home is not None
+        except (RankLost, CheckpointError, SumsLost, KeyboardInterrupt):
             raise
         except UpdateRejected as error:
             report.status, report.reason, report.loss = "failed", error.reason, None
             report.detail = str(error) + (self._why_not_finite(plan) if error.reason == "non_finite" else "")
         except Exception as error:
-            report.note(error, budget_bytes if self._cap.enforces else None)
+            report.note(error, cap_bytes)
         finally:
             self._unload(plan)
         report.time_s = time.perf_counter() - start
@@ -230,7 +232,8 @@ class Worker:
                 result = run_plan(
                     self._strategy, plan, skeleton, values, form.regions, batches, self._settings,
                     rate_factor=down.rate_factor, device=self._device, generator=generator, after_batch=self._after_batch,
-                    client_state=client_state,
+                    # Copies: the state counts against the budget, and what another try did to it is not seen here.
+                    client_state={name: value.clone() for name, value in client_state.items()},
                 )
                 report.loss = float(result.loss_sum) / max(1, result.num_visits)
         finally:

@@ -14,7 +14,9 @@ step apart; a fused multiply-add of ``weight · value`` then rounds the product 
 the same wherever the sum stands, save for ties, which go to the even neighbour *of the sum*; so there must be no ties: the
 last bit of the weight's mantissa is set, which puts the lowest bit of every product below half a grid step. Whether torch's
 kernel really fuses is tried once. Where it does not, and for odd ends and strided regions, products are rounded apart, which
-needs no such care: the result depends on the product alone.
+needs no such care: the result depends on the product alone. It is the same result, as long as a weight is a whole
+number times a power of two and has at most 29 bits: times a float32 it is then exact in float64, and what the set bit
+adds is at least a unit in the last place of the product, so that rounding the product first moves none to a tie.
 """
 
 from __future__ import annotations
@@ -29,7 +31,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dfed.errors import DfedError, UpdateRejected
+from dfed.errors import DfedError, SumsLost, UpdateRejected
 from dfed.region import WHOLE, Region
 
 __all__ = ["MIN_RANGE", "PartialSums", "SumsBuffer", "value_range", "weight_scale"]
@@ -184,6 +186,7 @@ class PartialSums:
 
         Raises:
             UpdateRejected: If an entry is not finite or out of range.
+            SumsLost: If the addition itself failed; the sums are good for nothing then.
         """
         for name, value in update.items():
             assert tuple(value.shape) == regions[name].shape(self.shapes[name]), f"{name}: {tuple(value.shape)}"
@@ -196,6 +199,12 @@ class PartialSums:
             self._fold(waiting, mine)
 
     def _fold(self, *updates: _Update) -> None:
+        try:
+            self._fold_all(updates)
+        except Exception as error:  # e.g. this machine has no memory left for a copy
+            raise SumsLost(f"partial sums could not be completed: {type(error).__name__}: {error}") from error
+
+    def _fold_all(self, updates: Sequence[_Update]) -> None:
         for name in dict.fromkeys(name for update in updates for name in update.values):
             parts = [(update.values[name], update.regions[name], update.weight) for update in updates if name in update.values]
             self._begin(name, next(update.ranges[name] for update in updates if name in update.values))

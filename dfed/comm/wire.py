@@ -95,9 +95,9 @@ class Buffer:
 
     def of(self, num_bytes: int) -> Tensor:
         """A uint8 tensor of this length, whose contents are not defined."""
-        if self._body.numel() != num_bytes:
-            self._body = torch.empty(num_bytes, dtype=torch.uint8, pin_memory=self._pinned and num_bytes > 0)
-        return self._body
+        if self._body.numel() < num_bytes:
+            self._body = torch.empty(num_bytes, dtype=torch.uint8, pin_memory=self._pinned)
+        return self._body[:num_bytes]
 
 
 def layout(tensors: Iterable[tuple[str, str, str, tuple[int, ...]]]) -> tuple[tuple[Entry, ...], int]:

@@ -111,7 +111,10 @@ ONE_FAULT = [
      "'error_feedback'?"),
     ("codecs={error_feedback: true}",
      "`codecs.error_feedback` must be false unless `codecs.up` is one of int4, int8, int8_affine, qsgd, random_k, top_k, but "
-     "is true with 'fp32', which leaves nothing out that could be made up for."),
+     "is true with 'fp32', which leaves nothing out to be made up for."),
+    ("codecs={up: {name: random_k, unbiased: true}, error_feedback: true}",
+     "`codecs.error_feedback` must be false unless `codecs.up` is one of int4, int8, int8_affine, qsgd, random_k, top_k, but "
+     "is true with 'random_k', which is unbiased, so that errors would grow."),
     # Things chosen by name.
     ("strategy=fedavgg", "`strategy` must be one of exclusivefl, fedavg, fedprox, but is 'fedavgg'. Did you mean 'fedavg'?"),
     ("strategy={name: fedavgg, mu: 1}",

@@ -19,15 +19,18 @@ class Codec(ABC):
     Attributes:
         name: The text that names it and its options; see :func:`dfed.comm.codecs.codec_of`.
         is_keyed: Whether it draws by a key, which both sides must know.
-        of_change: Whether, on the way up, the codec is for what training changed, and the receiver adds it to what it had sent
-            down; else for the value itself.
-        for_matrices: Whether tensors of one dimension or none (biases, parameters and statistics of norms), which weigh next to
-            nothing, are better sent as fp32.
+        of_change: Whether, on the way up, the codec is for what training changed, and the receiver adds it to what it had
+            sent down; else for the value itself.
+        takes_feedback: Whether error feedback works with it: what it leaves out of a tensor is less than the tensor, so that
+            what is left out stays small when it is given again and again.
+        for_matrices: Whether tensors of one dimension or none (biases, parameters and statistics of norms), which weigh next
+            to nothing, are better sent as fp32.
     """
 
     name = "codec"
     is_keyed = False
     of_change = False
+    takes_feedback = False
     for_matrices = False
 
     @abstractmethod

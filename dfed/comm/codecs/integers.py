@@ -53,7 +53,7 @@ class _Rounded(Codec):
     The bytes are the steps (float32), then the codes.
     """
 
-    of_change = for_matrices = True
+    of_change = takes_feedback = for_matrices = True
     levels: int
     bits: int
 
@@ -190,7 +190,7 @@ class AffineInt8(Codec):
         axis: One range for each ``channel`` (first dimension) or for the ``tensor``.
     """
 
-    of_change = for_matrices = True
+    of_change = takes_feedback = for_matrices = True
 
     def __init__(self, *, axis: Axis = "channel"):
         self._axis: Axis = axis

@@ -105,7 +105,7 @@ class _Chosen(Codec):
 class TopK(_Chosen):
     """The largest entries in magnitude, by default 1 %, with their places; of equal ones the first."""
 
-    of_change = for_matrices = True
+    of_change = takes_feedback = for_matrices = True
 
     def _choose(self, flat: Tensor, key: int) -> Tensor:
         total, size = self.count(flat.numel()), flat.abs()
@@ -153,12 +153,13 @@ class RandomK(_Chosen):
         unbiased: Whether what is sent is divided by the density, so that the mean over keys is the value.
     """
 
-    of_change = for_matrices = is_keyed = True
+    of_change = takes_feedback = for_matrices = is_keyed = True
     has_places = False
 
     def __init__(self, *, density: Density = 0.01, values: Values = "fp32", unbiased: bool = False):
         super().__init__(density=density, values=values)
         self._unbiased = unbiased
+        self.takes_feedback = not unbiased  # what is sent too large would be taken back too large
 
     def _choose(self, flat: Tensor, key: int) -> Tensor:
         return self._drawn(flat.numel(), key)

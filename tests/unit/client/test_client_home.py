@@ -140,3 +140,23 @@ def test_other_parts_of_a_tensor_keep_what_they_had():
     assert errors_of(kept, first)[name][:, 0, 0, 0].tolist() == [1.0, 3.0]
     assert list(own_state(kept)) == ["control"]
     assert list(own_state(next_state(kept, {}, {}, odd, small.shapes))) == []  # a strategy says each time what it keeps
+
+
+@pytest.mark.parametrize(
+    "codec", ["top_k(density=0.05)", "random_k(density=0.05)", "int4", "int8", "int8_affine", "qsgd(bits=4)"]
+)
+def test_what_is_left_out_stays_bounded(codec):
+    small = Small()
+    forms = Forms(small.strategy, small.splitting, small.shapes, up=codec)
+    form, kept, largest = forms.of(small.plan()), {}, []
+    zero = {name: torch.zeros(shape) for name, shape in small.shapes.items()}
+    for round_index in range(200):
+        generator = torch_generator(round_index, "change")
+        change = {name: 0.01 * torch.randn(value.shape, generator=generator) for name, value in zero.items()}
+        errors = errors_of(kept, form)
+        arrives = form.through_codecs(round_index, 2, change, zero, errors)
+        kept = next_state(kept, {}, form.left_out(change, arrives, errors), form, small.shapes)
+        largest.append(max(float(value.abs().max()) for value in kept.values()))
+    # An entry waits some 20 rounds for its turn under a density of 5 %; drawn ones now and then a hundred: 0.01 · √100 · 4.
+    assert max(largest[100:]) < 0.5
+    assert max(largest[100:]) < 4 * max(largest[40:100])

@@ -302,3 +302,69 @@ def test_error_feedback_changes_what_arrives_the_second_time(tmp_path):
         else:
             assert not torch.equal(updates[0].body, again[0].body)
     assert all(torch.equal(results["fused"][name], results["per_client"][name]) for name in results["fused"])
+
+
+class Odd(Counts):
+    """Remembers in many ways; one of them cannot be kept, one changes what it was given."""
+
+    def receive(self, model, client_state, plan):
+        if plan.options.get("mood") == "in place" and client_state:
+            client_state["turns"].add_(1)
+        model.turns = client_state.get("turns", torch.zeros(()))
+
+    def remember(self, model, client_state, plan):
+        shared, mood = torch.ones(3), plan.options.get("mood")
+        odd = {"number": {"a": 1.0}, "integers": {"a": torch.ones(3, dtype=torch.int64)}, "list": [shared],
+               "sparse": {"a": shared.to_sparse()}, "shared": {"a": shared, "b": shared, "c": shared[1:]}}
+        return odd.get(mood, {"turns": model.turns})
+
+
+@pytest.mark.parametrize("exchange", ["fused", "per_client"])
+def test_what_cannot_be_remembered_fails_the_client_and_leaves_the_sums_alone(exchange, tmp_path):
+    setting = Setting(make=Odd, clients_folder=str(tmp_path))
+    _, alone_updates, alone = setting.work([setting.task(0)], exchange)
+    for mood in ("number", "integers", "list", "sparse"):
+        reports, updates, sums = setting.work([setting.task(0), setting.task(1, mood)], exchange)
+        assert [report["status"] for report in reports] == ["completed", "failed"]
+        assert "`remember` must return" in reports[1]["detail"]
+        assert torch.equal(sums, alone)
+        assert len(updates) == len(alone_updates)
+    (report,), _, _ = setting.work([setting.task(1, "shared")], exchange)
+    assert report["keeps_state"]
+    assert ClientHome(tmp_path).load(1, 2)["own/c"].tolist() == [1.0, 1.0]
+
+
+class RetryingCap(Uncapped):
+    """Says once that code was new."""
+
+    enforces, times = True, 1
+
+    def counts_new_code(self):
+        self.times -= 1
+        return self.times >= 0
+
+
+def test_another_try_finds_the_state_as_the_first_one_did(tmp_path):
+    results = []
+    for times in (0, 1):
+        folder = tmp_path / str(times)
+        folder.mkdir()
+        tries = []
+
+        class Fails(Odd):
+            def remember(self, model, client_state, plan, tries=tries, times=times):
+                if type(model.turns) is torch.Tensor and client_state:
+                    tries.append(1)
+                    if len(tries) <= times:
+                        raise MemoryError
+                return super().remember(model, client_state, plan)
+
+        cap = RetryingCap(CPU)
+        setting = Setting(make=Fails, clients_folder=str(folder), cap=cap)
+        setting.work([setting.task(0)])
+        ClientHome(folder).path(0, 2).rename(ClientHome(folder).path(0, 1))
+        (report,), _, _ = setting.work([setting.task(0, "in place") | {"state": 1}])
+        assert report["status"] == "completed"
+        assert len(tries) == times + 1
+        results.append(ClientHome(folder).load(0, 2)["own/turns"].item())
+    assert results == [1.0, 1.0]

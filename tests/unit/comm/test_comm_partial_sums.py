@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dfed.comm.partial_sums import MIN_RANGE, PartialSums, SumsBuffer, check_values, value_range, weight_scale
-from dfed.errors import UpdateRejected
+from dfed.errors import SumsLost, UpdateRejected
 from dfed.region import WHOLE, Index, Slices
 from dfed.rng import torch_generator
 
@@ -224,3 +224,26 @@ def test_the_memory_of_sums_is_kept_and_cleared():
     third = buffer.of({"a": (2, 3)})
     assert third is not first
     assert list(third.shapes) == ["a"]
+
+
+def test_an_addition_that_breaks_off_is_no_clients_fault(monkeypatch):
+    sums = PartialSums({"a": (3,), "b": (3,)})
+    update, regions = {"a": torch.ones(3), "b": torch.ones(3)}, {"a": WHOLE, "b": WHOLE}
+    sums.add(update, regions, 0.25, {"a": MIN_RANGE, "b": MIN_RANGE})
+    calls = []
+
+    def fails(*arguments):
+        calls.append(1)
+        raise MemoryError("no")
+
+    monkeypatch.setattr(PartialSums, "_add_flat", fails)
+    with pytest.raises(SumsLost, match="MemoryError: no"):
+        sums.add(update, regions, 0.25, {"a": MIN_RANGE, "b": MIN_RANGE})
+    assert calls
+
+
+def test_clearing_forgets_an_update_that_waits():
+    sums = PartialSums({"a": (3,)})
+    sums.add({"a": torch.ones(3)}, {"a": WHOLE}, 0.25, {"a": MIN_RANGE})
+    sums.clear()
+    assert not sums.flat.any()

@@ -224,3 +224,13 @@ def test_mutated_headers_are_refused_or_valid():
         }
     assert refused > 1000  # both outcomes were met
     assert accepted > 300
+
+
+def test_a_buffer_keeps_the_largest_memory_it_had():
+    buffer = wire.Buffer()
+    large = buffer.of(1000)
+    assert large.numel() == 1000
+    small = buffer.of(0)
+    assert small.numel() == 0
+    assert buffer.of(900).data_ptr() == buffer.of(1000).data_ptr() == large.data_ptr()
+    assert buffer.of(1001).numel() == 1001
