@@ -158,15 +158,20 @@ def run_plan(
             num_steps += 1
             after_batch()
     optimizer.zero_grad(set_to_none=True)
+    update = _update(strategy, plan, model, regions)
+    if strategy.keeps_state:
+        client_state = _checked(strategy.remember(model, client_state, plan))
+    return LocalResult(update, client_state, loss_sum, num_visits, num_steps)
+
+
+def _update(strategy: Strategy, plan: Plan, model: nn.Module, regions: Mapping[str, Region]) -> dict[str, Tensor]:
     update = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
         if name in regions:
             sent = strategy.upload(name, tensor.detach(), regions[name], plan)
             if sent is not None:
                 update[name] = sent
-    if strategy.keeps_state:
-        client_state = _checked(strategy.remember(model, client_state, plan))
-    return LocalResult(update, client_state, loss_sum, num_visits, num_steps)
+    return update
 
 
 def _checked(remembered: Any) -> dict[str, Tensor]:

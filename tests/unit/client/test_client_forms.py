@@ -7,7 +7,7 @@ from client_problem import CNN, Small
 from dfed.client import Forms
 from dfed.client.forms import PREFIX_BYTES
 from dfed.comm import Message, wire
-from dfed.errors import UpdateRejected, WireError
+from dfed.errors import ConfigError, UpdateRejected, WireError
 from dfed.region import WHOLE, Slices
 from dfed.rng import torch_generator
 from dfed.strategies import Strategy
@@ -148,3 +148,25 @@ def test_what_arrives_through_a_lossy_codec_is_what_the_server_decodes(codec):
         broken = {**trained, "hidden.fc.weight": trained["hidden.fc.weight"].clone().fill_(bad)}
         with pytest.raises(UpdateRejected, match=r"hidden\.fc\.weight"):
             form.through_codecs(3, 1, broken, received)
+
+
+class Cuts(Narrow):
+    """Uploads less of a tensor than its client holds."""
+
+    def upload(self, name, value, region, plan):
+        return value[:1] if value.ndim > 1 else value
+
+
+def test_an_upload_of_another_shape_is_refused_before_anything_runs():
+    small = Small(make=Cuts)
+    with pytest.raises(ConfigError, match=r"`strategy` must upload of each tensor the part .* 'conv0.conv.weight' of shape"):
+        small.forms.of(small.plan())
+
+
+def test_an_upload_that_is_not_as_announced_fails_the_client():
+    small = Small()
+    form, received = small.forms.of(small.plan()), small.values
+    for wrong in (received["head.fc.weight"].double(), received["head.fc.weight"][:1]):
+        for encode in (form.encode_update, form.through_codecs):
+            with pytest.raises(TypeError, match="must upload 'head.fc.weight' as float32 of shape"):
+                encode(1, 2, received | {"head.fc.weight": wrong}, received)
