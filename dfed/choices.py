@@ -56,6 +56,10 @@ def choose(value: Any, field: str, registry: Registry, given: Sequence[str], fau
     if value is None:
         faults.append(Fault(field, f"must be one of {', '.join(registry)}, but is not given."))
         return None
+    if isinstance(value, str) and "(" in value and value.partition("(")[0] in registry:
+        name = value.partition("(")[0]
+        faults.append(Fault(field, f"must be written {{name: {name}, option: …}} where it has options, but is {shown(value)}."))
+        return None
     value = {"name": value} if isinstance(value, str) else value
     if not isinstance(value, Mapping) or not isinstance(value.get("name"), str):
         faults.append(Fault(field, f"must be a name, or a group of settings with a `name`, but is {shown(value)}."))

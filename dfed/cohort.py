@@ -47,6 +47,7 @@ class Job:
     exchange: str
     max_failed_fraction: float
     strategy: Strategy
+    strategy_name: str
     shapes: Mapping[str, tuple[int, ...]]
     buffers: frozenset[str]
     fleet: Fleet

@@ -17,6 +17,7 @@ from dfed.comm.partial_sums import PartialSums
 from dfed.errors import DfedError, ExchangeFailed, SumsLost, TooManyFailures, UpdateRejected, WireError
 from dfed.plan import Plan
 from dfed.planner import learn
+from dfed.registry import calling
 from dfed.server import Contribution, aggregate
 from dfed.state import ServerState
 
@@ -48,7 +49,8 @@ def lead_round(job: Job, state: ServerState) -> RoundResult:
     start, fabric = time.perf_counter(), job.transport.fabric_bytes
 
     # 1. Plan for the candidates and draw the cohort among those who have a plan; assign clients to ranks.
-    cohort = choose_cohort(job, state)
+    with calling("strategy", job.strategy_name):  # which plans, and whose training is predicted
+        cohort = choose_cohort(job, state)
 
     # 2. Down: every block that someone needs, encoded once, to all ranks.
     order = job.transport.broadcast(encode_order(job, state, cohort))

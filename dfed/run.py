@@ -184,7 +184,8 @@ def _job(prepared: Prepared, link: Link, stop: StopFlag, clients_folder: Path | 
     parameters = dict(planning.strategy.problem.chain.named_parameters())
     return Job(
         seed=config.seed, rounds=config.rounds, cohort=config.cohort, exchange=config.exchange,
-        max_failed_fraction=config.server.max_failed_fraction, strategy=planning.strategy, shapes=planning.shapes,
+        max_failed_fraction=config.server.max_failed_fraction, strategy=planning.strategy,
+        strategy_name=config.strategy.name, shapes=planning.shapes,
         buffers=frozenset(name for name in planning.shapes if name not in parameters), fleet=fleet,
         partition=prepared.partition,
         sampler=SAMPLERS.get(config.sampler.name)(**config.sampler.options),

@@ -63,9 +63,9 @@ class ClientHome:
         except (OSError, SafetensorError) as error:
             raise CheckpointError(f"the state of client {client} as it left round {version} must be in {path}, but cannot be "
                                   f"read: {error}") from error
-        if _checksum(tensors) != expected:
-            raise CheckpointError(f"the state of client {client} as it left round {version} is damaged: the checksum of {path} "
-                                  "differs.")
+        if _checksum(client, version, tensors) != expected:
+            raise CheckpointError(f"the state of client {client} as it left round {version} is damaged, or another's: the "
+                                  f"checksum of {path} differs.")
         return tensors
 
     def save(self, client: int, version: int, tensors: Mapping[str, Tensor]) -> None:
@@ -80,7 +80,7 @@ class ClientHome:
         own = {name: value.clone(memory_format=torch.contiguous_format) for name, value in tensors.items()}
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            save_file(own, partial, metadata={"crc32": _checksum(own)})
+            save_file(own, partial, metadata={"crc32": _checksum(client, version, own)})
             partial.replace(path)
         except (OSError, SafetensorError) as error:
             with contextlib.suppress(OSError):
@@ -159,9 +159,9 @@ def next_state(kept: Mapping[str, Tensor], remembered: Mapping[str, Tensor], lef
     return state | {_OWN + name: value for name, value in remembered.items()}
 
 
-def _checksum(tensors: Mapping[str, Tensor]) -> str:
-    """CRC-32 of names, shapes and bytes: against damage, not against malice."""
-    sum_ = 0
+def _checksum(client: int, version: int, tensors: Mapping[str, Tensor]) -> str:
+    """CRC-32 of whose it is, names, shapes and bytes: against damage and mix-ups, not against malice."""
+    sum_ = zlib.crc32(f"{client} {version}".encode())
     for name in sorted(tensors):
         value = tensors[name]
         sum_ = zlib.crc32(f"{name} {value.dtype} {tuple(value.shape)}".encode(), sum_)

@@ -52,7 +52,9 @@ class ClientReport:
             cap_bytes: The budget that was enforced; None: none was.
         """
         if is_out_of_memory(error, capped=cap_bytes is not None):
-            said = str(error).partition("\n")[0][-_ERROR_CHARACTERS:].lstrip(" .")
+            said = str(error).partition("\n")[0]
+            if len(said) > _ERROR_CHARACTERS:
+                said = said[-_ERROR_CHARACTERS:].partition(" ")[2]  # from the next whole word on
             self.status, self.reason = ("failed", "host_memory") if cap_bytes is None else ("oom", "oom")
             whose = "without a cap, which is this machine's lack"
             whose = whose if cap_bytes is None else f"on a budget of {format_bytes(cap_bytes)}"

@@ -176,6 +176,7 @@ class Worker:
             report.detail = str(error) + (self._why_not_finite(plan) if error.reason == "non_finite" else "")
         except Exception as error:
             report.note(error, cap_bytes)
+            report.bytes_up = {}
         finally:
             self._unload(plan)
         report.time_s = time.perf_counter() - start

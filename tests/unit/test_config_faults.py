@@ -105,6 +105,8 @@ ONE_FAULT = [
     ("exchange=fusde", "`exchange` must be one of fused, per_client, but is 'fusde'. Did you mean 'fused'?"),
     ("round=1", f"`round` is not a setting; {KNOWN_AT_THE_TOP} Did you mean 'rounds'?"),
     ("zzz.a=1", f"`zzz` is not a setting; {KNOWN_AT_THE_TOP}"),
+    ("codecs.up=top_k(density=0.1)",
+     "`codecs.up` must be written {name: top_k, option: …} where it has options, but is 'top_k(density=0.1)'."),
     ("codecs.error_feedback=1", "`codecs.error_feedback` must be true or false, but is 1."),
     ("codecs={error_feedbak: true}",
      "`codecs.error_feedbak` is not a setting; known here: down, up, error_feedback. Did you mean "

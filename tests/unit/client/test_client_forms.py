@@ -168,5 +168,5 @@ def test_an_upload_that_is_not_as_announced_fails_the_client():
     form, received = small.forms.of(small.plan()), small.values
     for wrong in (received["head.fc.weight"].double(), received["head.fc.weight"][:1]):
         for encode in (form.encode_update, form.through_codecs):
-            with pytest.raises(TypeError, match="must upload 'head.fc.weight' as float32 of shape"):
+            with pytest.raises(TypeError, match=r"must upload 'head\.fc\.weight' as float32 of shape"):
                 encode(1, 2, received | {"head.fc.weight": wrong}, received)

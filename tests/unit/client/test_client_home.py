@@ -53,6 +53,11 @@ def test_a_state_that_is_missing_or_damaged_is_an_error(tmp_path):
     home.flush({3: 7})
     path = home.path(3, 7)
     data = path.read_bytes()
+    for client, version in ((4, 7), (3, 8)):
+        home.save(client, version, {})
+        home.path(client, version).write_bytes(data)
+        with pytest.raises(CheckpointError, match=rf"client {client} as it left round {version} is damaged, or another's"):
+            home.load(client, version)
     for place in range(0, len(data), 7):
         path.write_bytes(data[:place] + bytes([data[place] ^ 0x55]) + data[place + 1:])
         with pytest.raises(CheckpointError, match="client 3 as it left round 7"):

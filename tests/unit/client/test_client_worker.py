@@ -275,7 +275,7 @@ def test_clients_remember_what_their_strategy_says(tmp_path):
     state = home.load(0, 2)
     assert state["own/turns"] == 1
     assert torch.equal(state["own/bias"], setting.by_hand(0).update["head.fc.bias"])
-    home.path(0, 2).rename(home.path(0, 1))
+    home.save(0, 1, home.load(0, 2))
     setting.work([setting.task(0) | {"state": 1}])
     assert home.load(0, 2)["own/turns"] == 2
     with pytest.raises(CheckpointError, match="client 0 as it left round 9"):
@@ -294,7 +294,7 @@ def test_error_feedback_changes_what_arrives_the_second_time(tmp_path):
         _, updates, sums = setting.work([setting.task(0)], exchange)
         assert home.load(0, 2).keys() == {f"error/{entry.name}" for entry in setting.small.forms.of(setting.small.plan()).up
                                           if entry.codec != "fp32"}
-        home.path(0, 2).rename(home.path(0, 1))
+        home.save(0, 1, home.load(0, 2))
         _, again, sums_again = setting.work([setting.task(0) | {"state": 1}], exchange)
         results[exchange] = home.load(0, 2)
         if exchange == "fused":
@@ -362,7 +362,7 @@ def test_another_try_finds_the_state_as_the_first_one_did(tmp_path):
         cap = RetryingCap(CPU)
         setting = Setting(make=Fails, clients_folder=str(folder), cap=cap)
         setting.work([setting.task(0)])
-        ClientHome(folder).path(0, 2).rename(ClientHome(folder).path(0, 1))
+        ClientHome(folder).save(0, 1, ClientHome(folder).load(0, 2))
         (report,), _, _ = setting.work([setting.task(0, "in place") | {"state": 1}])
         assert report["status"] == "completed"
         assert len(tries) == times + 1
