@@ -8,7 +8,7 @@ import torch
 from dfed.client import ClientSettings
 from dfed.errors import ConfigError
 from dfed.models import build_chain
-from dfed.planner import chain_costs, split_chain, ways, with_batch
+from dfed.planner import Store, chain_costs, split_chain, ways, with_batch
 from dfed.planner.ways import largest_batch, stage_ways, verdict_of, why_not
 from dfed.registry import UnknownName
 
@@ -36,9 +36,9 @@ def test_verdicts():
 
 def test_ranges_may_leave_out_an_end(chain):
     first, second, *_, last = chain.unit_names
-    shares = {}
+    shares, store = {}, Store(None)
     for train in (first, f"{first}:{first}", f":{first}", f"{second}:{last}", f"{second}:", f":{last}", f"{first}:"):
-        rows = ways(chain, SETTINGS, 2**20, train=train)
+        rows = ways(chain, SETTINGS, 2**20, train=train, store=store)
         shares[train] = rows[-1].trained_share if rows[-1].name == f"{train} trained" else None
     assert 0 < shares[first] == shares[f"{first}:{first}"] == shares[f":{first}"] < 1
     assert shares[f"{second}:{last}"] == shares[f"{second}:"] == pytest.approx(1 - shares[first])
