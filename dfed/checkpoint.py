@@ -32,7 +32,7 @@ __all__ = ["CheckpointSettings", "client_versions", "latest", "params_sha256", "
 
 logger = logging.getLogger(__name__)
 
-_FORMAT = 3
+_FORMAT = 4
 _NAME = re.compile(r"round_(\d{6,})")
 
 
@@ -79,6 +79,7 @@ def save(folder: Path, state: ServerState, fingerprint: str, keep: int) -> Path:
         tensors = {f"params/{key}": value for key, value in state.params.items()}
         for key, slots in state.slots.items():
             tensors |= {f"slots/{slot}/{key}": value for slot, value in slots.items()}
+        tensors |= {f"tensors/{key}": value for key, value in state.tensors.items()}
         tensors["clients"] = torch.tensor(sorted(state.clients.items()), dtype=torch.int64).view(-1, 2)
         save_file(_apart(tensors), partial / "state.safetensors")
         header = {
@@ -86,6 +87,7 @@ def save(folder: Path, state: ServerState, fingerprint: str, keep: int) -> Path:
             "fingerprint": fingerprint,
             "round_index": state.round_index,
             "facts": state.facts,
+            "sampler": state.sampler,
             "totals": state.totals,
             "infeasible": state.infeasible,
             "params": list(state.params),
@@ -165,9 +167,8 @@ def _read(path: Path, fingerprint: str) -> ServerState:
         if _file_sha256(path / "state.safetensors") != header["tensors_sha256"]:
             raise _Damaged("the tensors' checksum differs")
         tensors = load_file(path / "state.safetensors")
-        saved, round_index, facts, totals, infeasible = (
-            header[key] for key in ("fingerprint", "round_index", "facts", "totals", "infeasible")
-        )
+        saved = header["fingerprint"]
+        plain = {key: header[key] for key in ("round_index", "facts", "sampler", "totals", "infeasible")}
         clients = dict(tensors.pop("clients").tolist())
         params = {name: tensors[f"params/{name}"] for name in header["params"]}  # the file has an order of its own
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
@@ -175,13 +176,15 @@ def _read(path: Path, fingerprint: str) -> ServerState:
     if saved != fingerprint:
         raise CheckpointError(f"{path} was written by another configuration (or device): resume with its folder's own config.")
     slots: dict[str, dict[str, Tensor]] = {}
+    own: dict[str, Tensor] = {}
     for key, value in tensors.items():
         kind, _, rest = key.partition("/")
         if kind == "slots":
             slot, _, name = rest.partition("/")
             slots.setdefault(name, {})[slot] = value
-    return ServerState(round_index=round_index, params=params, slots=slots, facts=facts, totals=totals,
-                       clients=clients, infeasible=infeasible)
+        elif kind == "tensors":
+            own[rest] = value
+    return ServerState(params=params, slots=slots, tensors=own, clients=clients, **plain)
 
 
 def client_versions(folder: Path) -> list[dict[int, int]]:

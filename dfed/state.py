@@ -19,7 +19,9 @@ class ServerState:
         round_index: Rounds completed so far.
         params: The global model: every floating-point parameter and buffer, float32 on the CPU, by state-dict name.
         slots: The server optimiser's tensors, by parameter name, then slot name.
-        facts: What the strategy remembers besides; JSON values only.
+        tensors: What the strategy remembers besides the model: float32 on the CPU, by names of its own.
+        facts: Likewise; JSON values only.
+        sampler: What the sampler remembers; JSON values only.
         totals: Running totals of the metrics; JSON values only.
         clients: Of each client that keeps a state, the round in which it wrote the newest; see :mod:`dfed.client.home`.
         infeasible: ``Plan.cost_key`` of each plan that ran out of memory, and the largest budget, in bytes, on which it did.
@@ -28,7 +30,9 @@ class ServerState:
     round_index: int
     params: Mapping[str, Tensor]
     slots: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
+    tensors: Mapping[str, Tensor] = field(default_factory=dict)
     facts: Mapping[str, Any] = field(default_factory=dict)
+    sampler: Mapping[str, Any] = field(default_factory=dict)
     totals: Mapping[str, Any] = field(default_factory=dict)
     clients: Mapping[int, int] = field(default_factory=dict)
     infeasible: Mapping[str, int] = field(default_factory=dict)

@@ -25,6 +25,8 @@ def _state(round_index=1, fill=0.0):
         round_index=round_index,
         params={"head.fc.weight": weight, "a/b.weight": special, "conv.count": torch.tensor(2.5), "none": torch.empty(0, 3)},
         slots={"head.fc.weight": {"m": weight * 2, "v": weight.square()}, "a/b.weight": {"m": special.clone()}},
+        tensors={"mean/a": weight + 1, "h": special},
+        sampler={"credits": [3, 0], "seen": {"7": 0.5}},
         facts={"stage": 2, "history": [0.1, None, True], "by round": {"10": 1, "9": 2}, "name": "ä"},
         totals=empty_totals(["weak", "strong"]) | {"time_s": 0.1 + 0.2},
         clients={7: 3, 123_456_789: 12},
@@ -42,6 +44,8 @@ def _assert_same(read, written):
     assert {name: _bits(value) for name, value in read.params.items()} == {n: _bits(v) for n, v in written.params.items()}
     assert {n: {s: _bits(v) for s, v in slots.items()} for n, slots in read.slots.items()} == \
            {n: {s: _bits(v) for s, v in slots.items()} for n, slots in written.slots.items()}
+    assert {name: _bits(value) for name, value in read.tensors.items()} == {n: _bits(v) for n, v in written.tensors.items()}
+    assert read.sampler == written.sampler
     assert read.facts == written.facts
     assert read.totals == written.totals
     assert read.clients == written.clients
