@@ -213,7 +213,7 @@ def test_a_checkpoint_of_another_configuration_or_format_is_refused(tmp_path):
         latest(tmp_path, "print")
     assert latest(tmp_path, "other").round_index == 2
     _change_json(tmp_path / "round_000002", format=1)
-    with pytest.raises(CheckpointError, match="round_000002 must have format 3, but has 1"):
+    with pytest.raises(CheckpointError, match="round_000002 must have format 4, but has 1"):
         latest(tmp_path, "other")
 
 
