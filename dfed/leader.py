@@ -13,14 +13,14 @@ from typing import Any
 
 import torch
 
-from dfed import checkpoint, rng
-from dfed.client import DEFAULT_CODEC, Evaluation, combine
+from dfed import checkpoint
+from dfed.client import Evaluation
 from dfed.client.home import ClientHome
-from dfed.comm import Message, choose_device, join, wire
+from dfed.comm import Message, choose_device, join
 from dfed.config import Config
 from dfed.errors import CheckpointError, ExchangeFailed, RankLost, SumsLost, WireError
+from dfed.evaluation import evaluate, evaluate_variants, follow_evaluation
 from dfed.metrics import MetricsWriter, add_totals, empty_totals
-from dfed.models import materialise
 from dfed.report.console import Console, causes
 from dfed.report.folder import RunFolder
 from dfed.round import lead_round, take_part
@@ -99,7 +99,9 @@ class Leader:
         try:
             while self.state.round_index < self._config.rounds and not self._stopped:
                 self.round()
-            self._evaluation = self._evaluation or self._evaluate()
+            if self._evaluation is None:
+                self.state, self._evaluation = evaluate(self._run, self.state)
+            variants = evaluate_variants(self._run, self.state)
             self.dismiss()
         except Exception as error:
             self._rescue(error)
@@ -108,7 +110,7 @@ class Leader:
             self._writer.close()
             self._console.close()
         summary = self._folder.write_summary(
-            self._config, self._run.job, self.state, self._evaluation, self._stopped
+            self._config, self._run.job, self.state, self._evaluation, variants, self._stopped
         )
         self._console.finished(summary, self._folder.path)
         return EXIT_STOPPED if self._stopped else 0
@@ -131,16 +133,17 @@ class Leader:
         """One round with all that belongs to it: evaluation, metrics and checkpoint when they are due (collective)."""
         config = self._config
         result = lead_round(self._run.job, self.state)
-        done, self._evaluation = result.state.round_index, None
+        state, self._evaluation = result.state, None
+        done = state.round_index
         self._stopped = result.stop_requested
         last = self._stopped or done == config.rounds
         if done % config.metrics.every == 0 or last:
             begun = time.perf_counter()
-            self._evaluation = self._evaluate(result.state)
+            state, self._evaluation = evaluate(self._run, state)
             result.row.update(
                 accuracy=self._evaluation.accuracy, loss=self._evaluation.loss, evaluation_s=time.perf_counter() - begun
             )
-        self.state = replace(result.state, totals=add_totals(result.state.totals, result.row, result.clients))
+        self.state = replace(state, totals=add_totals(state.totals, result.row, result.clients))
         self._writer.write(result.row, result.clients)
         self._console.round_done(result.row)
         if not result.row["clients"]["completed"] and not self._warned_empty:
@@ -174,19 +177,8 @@ class Leader:
 
     def _first_state(self) -> ServerState:
         run = self._run
-        chain = materialise(run.chain.skeleton(), rng.torch_generator(run.config.seed, "init"))
-        params = {name: value.detach() for name, value in chain.state_dict().items() if name in run.job.shapes}
-        return replace(run.job.strategy.init(params), totals=empty_totals(run.job.fleet.tier_names))
-
-    def _evaluate(self, state: ServerState | None = None) -> Evaluation:
-        """Evaluate the global model on all ranks (collective)."""
-        state, job = state or self.state, self._run.job
-        block_of = job.strategy.problem.splitting.block_of
-        entries, body_bytes = wire.layout((n, block_of(n), DEFAULT_CODEC, shape) for n, shape in job.shapes.items())
-        message = wire.encode("evaluate", {"round": state.round_index}, entries, state.params, job.body.of(body_bytes))
-        shards = _evaluate_shard(self._run, self._run.transport.broadcast(message))
-        assert shards is not None, "the server gathers"
-        return combine(shards)
+        state = run.job.strategy.init(run.planning.first_params(run.config.seed))
+        return replace(state, totals=empty_totals(run.job.fleet.tier_names))
 
 
 def follow(run: Run) -> int:
@@ -195,15 +187,7 @@ def follow(run: Run) -> int:
         order = run.transport.broadcast(None)
         if order.kind == "round":
             take_part(run.job, order)
-        elif order.kind == "evaluate":
-            _evaluate_shard(run, order)
+        elif order.kind in ("evaluate", "statistics"):
+            follow_evaluation(run, order)
         else:
             return EXIT_STOPPED if order.meta["stopped"] else 0
-
-
-def _evaluate_shard(run: Run, order: Message) -> list[Any] | None:
-    """This rank's share of an evaluation; on the server everybody's."""
-    transport = run.transport
-    batches = run.evaluator.run(wire.decode(order), transport.rank, transport.size)
-    parts = transport.gather({"batches": batches})
-    return None if parts is None else [part["batches"] for part in parts]

@@ -113,7 +113,7 @@ class Survey:
         """
         prepared = self._prepared
         planning = Planning(prepared.config, prepared.chain, choice, num_clients=prepared.fleet.num_clients,
-                            device=prepared.device)
+                            device=prepared.device, budgets=prepared.fleet.budgets())
         rows, able = [], []
         with asking(choice.name, prepared.config.model.name):
             forecast = Forecast(planning, choice.name)

@@ -27,6 +27,8 @@ class Phase:
         steps: Optimiser steps, cycling over the client's data.
         drop_last: Whether an epoch leaves out a last mini-batch that is not full, unless it is the only one.
         objective: The name under which a strategy's ``loss`` knows this phase.
+        train: Blocks trained in this phase, of those that the plan trains; None: all of them. The others are frozen meanwhile:
+            without gradient, and their norms use the running statistics and leave them as they are.
     """
 
     batch_size: int
@@ -34,6 +36,7 @@ class Phase:
     steps: int | None = None
     drop_last: bool = False
     objective: str = "cross_entropy"
+    train: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
         assert (self.epochs is None) != (self.steps is None), "a phase has either epochs or steps"
@@ -75,7 +78,7 @@ class Plan:
         up: Codec of each block that is not sent up as fp32.
         options: What else a strategy wants to tell its own ``build`` and ``loss``; JSON values only.
         details: Likewise, where it matters neither for memory nor for arithmetic, such as where a window stands in this round:
-            plans that differ in these only count as one for the planner.
+            plans that differ in these only count as one for the planner, which predicts the plan without them.
     """
 
     client: int
@@ -90,6 +93,8 @@ class Plan:
     def __post_init__(self) -> None:
         missing = set(self.train) - set(self.hold)
         assert not missing, f"a plan trains blocks that it does not hold: {sorted(missing)}"
+        missing = {block for phase in self.phases for block in phase.train or ()} - set(self.train)
+        assert not missing, f"a phase trains blocks that its plan does not train: {sorted(missing)}"
 
     def to_json(self) -> dict[str, Any]:
         """The plan as a dictionary of JSON values."""
@@ -106,8 +111,15 @@ class Plan:
     def from_json(cls, value: Mapping[str, Any]) -> Plan:
         """The plan that :meth:`to_json` wrote, also after a trip through JSON text."""
         rest = dict(value)
-        phases = tuple(Phase(**phase) for phase in rest.pop("phases"))
+        phases = tuple(
+            Phase(**{**phase, "train": None if phase.get("train") is None else tuple(phase["train"])})
+            for phase in rest.pop("phases")
+        )
         return cls(hold=tuple(rest.pop("hold")), train=tuple(rest.pop("train")), phases=phases, **rest)
+
+    def without_details(self) -> Plan:
+        """The plan by which the planner predicts this one."""
+        return dataclasses.replace(self, details={}) if self.details else self
 
     def shape_key(self) -> str:
         """Text that is equal for plans that build the same sub-model and train it the same way, whoever the client."""
@@ -119,7 +131,7 @@ class Plan:
         or more).
         """
         options = json.dumps(self.options, sort_keys=True) if self.options else "{}"
-        phases = tuple((phase.objective, phase.batch_size, phase.steps == 1) for phase in self.phases)
+        phases = tuple((phase.objective, phase.batch_size, phase.steps == 1, phase.train) for phase in self.phases)
         return _cost_key(tuple(self.hold), tuple(self.train), options, phases)
 
     @cached_property
@@ -137,5 +149,5 @@ def _plain_shape_key(hold: tuple[str, ...], train: tuple[str, ...], phases: tupl
 
 
 @functools.lru_cache(maxsize=4096)
-def _cost_key(hold: tuple[str, ...], train: tuple[str, ...], options: str, phases: tuple[tuple[str, int, bool], ...]) -> str:
+def _cost_key(hold: tuple[str, ...], train: tuple[str, ...], options: str, phases: tuple[Any, ...]) -> str:
     return hashlib.blake2b(json.dumps([hold, train, options, phases]).encode(), digest_size=16).hexdigest()

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["WHOLE", "Index", "Region", "Slices", "Whole"]
+__all__ = ["WHOLE", "Index", "Region", "Segments", "Slices", "Whole", "region_of"]
+
+_MOST_BOXES = 64
 
 
 class Region:
@@ -76,6 +81,55 @@ class Slices(Region):
 
 
 @dataclass(frozen=True)
+class Segments(Region):
+    """Runs of entries along each of the leading dimensions (their outer product), the others whole.
+
+    ``runs[d]`` are ``(start, stop)`` in ascending order, apart from one another: what is left of channels that were
+    concatenated, or of a window that wraps around.
+    """
+
+    runs: tuple[tuple[tuple[int, int], ...], ...]
+
+    def view(self, tensor: Tensor) -> Tensor:
+        for d, runs in enumerate(self.runs):
+            parts = [tensor.narrow(d, start, stop - start) for start, stop in runs]
+            tensor = parts[0] if len(parts) == 1 else torch.cat(parts, dim=d)
+        return tensor
+
+    def shape(self, full: Sequence[int]) -> tuple[int, ...]:
+        if len(self.runs) > len(full):
+            raise ValueError(f"a region of {len(self.runs)} dimensions does not fit a tensor of shape {tuple(full)}.")
+        sizes = []
+        for runs, size in zip(self.runs, full, strict=False):
+            edges = [edge for run in runs for edge in run]
+            apart = all(a < b for a, b in zip(edges, edges[1:], strict=False))
+            if not runs or not apart or edges[0] < 0 or edges[-1] > size:
+                raise ValueError(f"region runs must be ascending, apart, and lie in 0 … {size}, but are {runs}.")
+            sizes.append(sum(stop - start for start, stop in runs))
+        return (*sizes, *full[len(self.runs):])
+
+    def boxes(self) -> Iterator[tuple[tuple[slice, ...], tuple[slice, ...]]]:
+        """Each box: where it lies in the tensor, and where in the region."""
+        axes = []
+        for runs in self.runs:
+            ends = list(itertools.accumulate(stop - start for start, stop in runs))
+            axes.append([
+                (slice(start, stop), slice(end - (stop - start), end))
+                for (start, stop), end in zip(runs, ends, strict=True)
+            ])
+        for box in itertools.product(*axes):
+            yield tuple(outer for outer, _ in box), tuple(inner for _, inner in box)
+
+    def add_(self, target: Tensor, value: Tensor | float) -> None:
+        for outer, inner in self.boxes():
+            target[outer].add_(value[inner] if isinstance(value, Tensor) else value)
+
+    def put_(self, target: Tensor, value: Tensor) -> None:
+        for outer, inner in self.boxes():
+            target[outer].copy_(value[inner])
+
+
+@dataclass(frozen=True)
 class Index(Region):
     """Chosen entries along each of the leading dimensions (their outer product); None keeps a dimension whole.
 
@@ -115,3 +169,28 @@ class Index(Region):
 
     def put_(self, target: Tensor, value: Tensor) -> None:
         target[self._grid(target)] = value
+
+
+def region_of(axes: Sequence[np.ndarray | None], shape: Sequence[int]) -> Region:
+    """The cheapest region that holds ``axes[d]`` (ascending, distinct; None: all) along each leading dimension.
+
+    Whole where it can be, else a box, else a few boxes, else an index.
+    """
+    runs = [((0, size),) if axis is None else _runs(axis) for axis, size in zip(axes, shape, strict=False)]
+    while runs and runs[-1] == ((0, shape[len(runs) - 1]),):
+        runs.pop()
+    if not runs:
+        return WHOLE
+    num_boxes = math.prod(len(parts) for parts in runs)
+    if num_boxes == 1:
+        return Slices(tuple(parts[0] for parts in runs))
+    if num_boxes <= _MOST_BOXES:
+        return Segments(tuple(runs))
+    return Index(tuple(None if axis is None else tuple(axis.tolist()) for axis in axes[:len(runs)]))
+
+
+def _runs(axis: np.ndarray) -> tuple[tuple[int, int], ...]:
+    """``axis`` as runs of consecutive numbers, ``(start, stop)`` each."""
+    breaks = np.flatnonzero(np.diff(axis) != 1) + 1
+    starts, stops = axis[[0, *breaks]], axis[[*(breaks - 1), -1]] + 1
+    return tuple(zip(starts.tolist(), stops.tolist(), strict=True))

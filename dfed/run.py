@@ -65,7 +65,7 @@ class Run:
     config: Config
     job: Job
     link: Link
-    chain: Chain
+    planning: Planning
     evaluator: Evaluator
 
     @property
@@ -103,7 +103,8 @@ def prepare(config: Config, device: torch.device, *, to_run: bool = True) -> Pre
     )
     if to_run:
         check_cap(config.memory, device, has_budgets=fleet.has_budgets)
-    planning = Planning(config, chain, config.strategy, num_clients=fleet.num_clients, device=device)
+    planning = Planning(config, chain, config.strategy, num_clients=fleet.num_clients, device=device,
+                        budgets=fleet.budgets())
     return Prepared(config=config, device=device, data=data, chain=chain, fleet=fleet, partition=partition, planning=planning)
 
 
@@ -163,11 +164,12 @@ def assemble(prepared: Prepared, link: Link, stop: StopFlag, *, clients_folder: 
     job = _job(prepared, link, stop, clients_folder)
     held_out = data.test if config.metrics.split == "test" else data.validation
     assert held_out is not None, "checked with the config"
-    evaluator = Evaluator(prepared.chain.skeleton(), held_out, batch_size=config.metrics.batch_size, device=link.device)
+    evaluator = Evaluator(job.strategy, job.forms, held_out, data.train, batch_size=config.metrics.batch_size,
+                          device=link.device, seed=config.seed)
     # What is there now stays: a collection after each client, which gives its memory back, need not look at it.
     gc.collect()
     gc.freeze()
-    return Run(config=config, job=job, link=link, chain=prepared.chain, evaluator=evaluator)
+    return Run(config=config, job=job, link=link, planning=prepared.planning, evaluator=evaluator)
 
 
 def _job(prepared: Prepared, link: Link, stop: StopFlag, clients_folder: Path | None) -> Job:
@@ -181,12 +183,11 @@ def _job(prepared: Prepared, link: Link, stop: StopFlag, clients_folder: Path | 
             abandoned=lambda: stop.is_set and transport.abandoned(),
         )
     keeps_state = config.error_feedback or planning.strategy.keeps_state
-    parameters = dict(planning.strategy.problem.chain.named_parameters())
     return Job(
         seed=config.seed, rounds=config.rounds, cohort=config.cohort, exchange=config.exchange,
         max_failed_fraction=config.server.max_failed_fraction, strategy=planning.strategy,
         strategy_name=config.strategy.name, shapes=planning.shapes,
-        buffers=frozenset(name for name in planning.shapes if name not in parameters), fleet=fleet,
+        buffers=planning.buffers, fleet=fleet,
         partition=prepared.partition,
         sampler=SAMPLERS.get(config.sampler.name)(**config.sampler.options),
         optimizer=SERVER_OPTIMIZERS.get(config.server_optimizer.name)(**config.server_optimizer.options),

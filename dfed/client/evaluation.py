@@ -1,4 +1,4 @@
-"""Evaluation of the global model, sharded over the ranks.
+"""Evaluation of the global model and its sub-models, sharded over the ranks.
 
 The set is cut into the same mini-batches whatever the number of ranks; a mini-batch's figures do not depend on where it
 is computed; and they are added in the order of the mini-batches. So the result is the same to the bit.
@@ -6,7 +6,9 @@ is computed; and they are added in the order of the mini-batches. So the result 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,10 +17,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dfed import rng
+from dfed.client.forms import Forms
+from dfed.client.statistics import STATISTICS_RANGE, norm_statistics, statistics_names
 from dfed.client.training import Skeleton
+from dfed.comm.partial_sums import PartialSums, weight_scale
 from dfed.data import Dataset
+from dfed.plan import Plan
+from dfed.region import WHOLE
+from dfed.strategies import Strategy
 
 __all__ = ["Evaluation", "Evaluator", "combine"]
+
+_MOST_SKELETONS = 8
 
 
 @dataclass(frozen=True)
@@ -51,27 +62,84 @@ class Evaluation:
 
 
 class Evaluator:
-    """Evaluates models on this rank's share of a data set.
+    """Evaluates sub-models on this rank's share of a data set.
 
     Args:
-        model: The full model on the meta device.
+        dataset: Held-out samples.
+        train: The training samples, from which statistics are worked out anew.
+        batch_size: Of mini-batches, in evaluation and for statistics.
+        seed: The run's.
     """
 
-    def __init__(self, model: nn.Module, dataset: Dataset, *, batch_size: int, device: torch.device):
-        self._skeleton, self._dataset = Skeleton(model), dataset
-        self._batch_size, self._device = batch_size, device
+    def __init__(self, strategy: Strategy, forms: Forms, dataset: Dataset, train: Dataset, *, batch_size: int,
+                 device: torch.device, seed: int):
+        self._strategy, self._forms, self._dataset, self._train = strategy, forms, dataset, train
+        self._batch_size, self._device, self._seed = batch_size, device, seed
+        self._skeletons: OrderedDict[str, Skeleton] = OrderedDict()
 
-    def run(self, values: Mapping[str, Tensor], rank: int, size: int) -> list[list[Any]]:
-        """This rank's mini-batches as JSON values: ``[number, loss sum, right answers by class, samples by class]``."""
+    def run(self, plan: Plan, values: Mapping[str, Tensor], rank: int, size: int) -> list[list[Any]]:
+        """This rank's mini-batches as JSON values: ``[number, loss sum, right answers by class, samples by class]``.
+
+        Args:
+            plan: Whose sub-model is evaluated.
+            values: The global model's tensors that it holds, float32, by name.
+        """
         num_batches = -(-self._dataset.num_samples // self._batch_size)
-        model = self._skeleton.model
+        with self._loaded(plan, values) as model, torch.inference_mode():
+            return [self._batch(model, number) for number in range(rank, num_batches, size)]
+
+    def statistics_shapes(self, plan: Plan) -> dict[str, tuple[int, ...]]:
+        """Of the running statistics of this plan's sub-model, by name."""
+        return statistics_names(self._skeleton(plan).model)
+
+    def num_statistics_batches(self) -> int:
+        """Mini-batches from which statistics are worked out: whole ones only, unless there is no whole one."""
+        return max(1, self._num_statistics_samples() // self._batch_size)
+
+    def add_statistics(self, plan: Plan, values: Mapping[str, Tensor], rank: int, size: int, sums: PartialSums) -> None:
+        """Add this rank's mini-batches' statistics to ``sums``, each with the weight that makes all sum to at most 1.
+
+        Raises:
+            UpdateRejected: If they are not finite, or too large.
+        """
+        num_batches = self.num_statistics_batches()
+        order = rng.Permutation(self._train.num_samples, self._seed, "statistics")
+        ranges = dict.fromkeys(sums.shapes, STATISTICS_RANGE)
+        whole = dict.fromkeys(sums.shapes, WHOLE)
+
+        def batches() -> Iterator[Tensor]:
+            for number in range(rank, num_batches, size):
+                start = number * self._batch_size
+                stop = min(start + self._batch_size, self._num_statistics_samples())
+                yield self._train.batch(order.take(np.arange(start, stop)))[0].to(self._device)
+
+        with self._loaded(plan, values) as model:
+            for found in norm_statistics(model, batches()):
+                sums.add(found, whole, weight_scale(num_batches), ranges)
+
+    def _num_statistics_samples(self) -> int:
+        wanted = self._strategy.statistics_samples or self._train.num_samples
+        return min(wanted, self._train.num_samples)
+
+    def _skeleton(self, plan: Plan) -> Skeleton:
+        key = plan.shape_key()
+        if key not in self._skeletons:
+            self._skeletons[key] = Skeleton(self._strategy.build(plan))
+            while len(self._skeletons) > _MOST_SKELETONS:
+                self._skeletons.popitem(last=False)
+        self._skeletons.move_to_end(key)
+        return self._skeletons[key]
+
+    @contextmanager
+    def _loaded(self, plan: Plan, values: Mapping[str, Tensor]) -> Iterator[nn.Module]:
+        """The sub-model with its values, in evaluation mode."""
+        skeleton, regions = self._skeleton(plan), self._forms.of(plan).regions
         try:
-            self._skeleton.load(values, self._device)
-            model.eval()
-            with torch.inference_mode():
-                return [self._batch(model, number) for number in range(rank, num_batches, size)]
+            skeleton.load({name: region.view(values[name]) for name, region in regions.items()}, self._device)
+            skeleton.model.eval()
+            yield skeleton.model
         finally:
-            self._skeleton.unload()
+            skeleton.unload()
 
     def _batch(self, model: nn.Module, number: int) -> list[Any]:
         start = number * self._batch_size

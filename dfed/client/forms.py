@@ -9,6 +9,7 @@ and added to its change the next time that it sends this tensor.
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -34,6 +35,7 @@ DEFAULT_CODEC = "fp32"
 
 
 _NONE: Mapping[str, Tensor] = {}
+_MOST_FORMS = 4096
 
 
 @dataclass(frozen=True)
@@ -215,13 +217,16 @@ class Forms:
                  down: str = DEFAULT_CODEC, up: str = DEFAULT_CODEC):
         self._strategy, self._splitting, self._shapes = strategy, splitting, shapes
         self._codecs = {"down": down, "up": up}
-        self._known: dict[str, Form] = {}
+        self._known: OrderedDict[str, Form] = OrderedDict()
 
     def of(self, plan: Plan) -> Form:
         """The form of this plan's messages."""
         key = plan.shape_key()
         if key not in self._known:
             self._known[key] = self._make(plan)
+            while len(self._known) > _MOST_FORMS:  # windows that move have other forms each round
+                self._known.popitem(last=False)
+        self._known.move_to_end(key)
         return self._known[key]
 
     def _make(self, plan: Plan) -> Form:

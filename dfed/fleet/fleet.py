@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import math
+from collections import Counter
 from collections.abc import Callable
 
 import numpy as np
@@ -75,12 +77,21 @@ class Fleet:
         """Whether any client has a memory budget."""
         return self._table.has_budgets
 
+    def budgets(self) -> tuple[tuple[int | None, int], ...]:
+        """The different budgets in bytes, ascending, None (no limit) last, and how many clients have each."""
+        counts = sorted(self._table.budgets().items(), key=lambda item: math.inf if item[0] is None else item[0])
+        return tuple(counts)
+
     def tier_of(self, clients: np.ndarray) -> np.ndarray:
         """Tier of each of ``clients`` (integers, any shape) as int64 indices into ``tier_names``, of the same shape."""
         clients = np.asarray(clients)
         outside = (clients < 0) | (clients >= self.num_clients)
         assert not outside.any(), f"clients must be at least 0 and less than {self.num_clients}"
         return self._table.tier_of(clients)
+
+    def kinds(self) -> np.ndarray:
+        """A number for each client, int64 (num_clients,): clients with the same number have equal devices."""
+        return self._table.kinds()
 
     def profile(self, client: int) -> DeviceProfile:
         """The device of ``client``."""
@@ -130,8 +141,17 @@ class _Tiers:
     def tier_of(self, clients: np.ndarray) -> np.ndarray:
         return np.searchsorted(self._ends, self._order.take(clients), side="right").astype(np.int64)
 
+    def kinds(self) -> np.ndarray:
+        return self.tier_of(np.arange(self.num_clients))
+
     def profile(self, client: int, tier: int) -> DeviceProfile:
         return self._profiles[tier]
+
+    def budgets(self) -> Counter[int | None]:
+        counts: Counter[int | None] = Counter()
+        for profile, size in zip(self._profiles, self.sizes, strict=True):
+            counts[profile.budget_bytes] += size
+        return counts
 
 
 def _profile(tier: str, device: DeviceSettings, budget_bytes: int | None) -> DeviceProfile:

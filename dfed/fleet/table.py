@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+from collections import Counter
 from collections.abc import Callable
 
 import numpy as np
@@ -42,6 +43,11 @@ class Rows:
         """Index into ``tier_names`` of each of ``clients``."""
         return np.asarray(self._tiers[clients])
 
+    def kinds(self) -> np.ndarray:
+        """A number for each client, int64 (clients,): clients with the same number have equal devices."""
+        rows = np.column_stack([self._tiers, self._budgets, self._numbers])  # whole numbers are exact up to 2^53
+        return np.unique(rows, axis=0, return_inverse=True)[1].reshape(-1)
+
     def profile(self, client: int, tier: int) -> DeviceProfile:
         """The device of ``client``, whose tier is ``tier``."""
         budget = int(self._budgets[client])
@@ -49,6 +55,12 @@ class Rows:
         return DeviceProfile(
             tier=self.tier_names[tier], budget_bytes=None if budget == _NO_LIMIT else budget, **numbers
         )
+
+    def budgets(self) -> Counter[int | None]:
+        """How many clients have each budget."""
+        values, counts = np.unique(self._budgets, return_counts=True)
+        pairs = zip(values.tolist(), counts.tolist(), strict=True)
+        return Counter({None if value == _NO_LIMIT else value: count for value, count in pairs})
 
 
 def read_rows(path: str, clients: int | None, budget: Callable[[DeviceSettings], int | None]) -> Rows:

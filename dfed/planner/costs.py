@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -64,7 +65,7 @@ class Costs:
 
     def peak_bytes(self, plan: Plan) -> int:
         """Predicted peak, in bytes, of the tensors that the plan's training holds at its full batch size."""
-        key = plan.cost_key()
+        plan, key = plan.without_details(), plan.cost_key()
         if key not in self._peaks:
             line = self._line(plan)
             self._peaks[key] = self.peak_bytes_at(plan) if line is None else line.at(plan.phases[0].batch_size)
@@ -98,6 +99,7 @@ class Costs:
 
     def flops(self, plan: Plan, num_samples: int) -> float:
         """Floating-point operations of the plan's training on ``num_samples`` samples (a product and a sum are two)."""
+        plan = plan.without_details()
         key = with_batch(plan, 1).cost_key()
         if key not in self._flops:
             depends = ["flops", *self._depends, key]
@@ -114,6 +116,7 @@ class Costs:
 
     def _line(self, plan: Plan) -> PeakLine | None:
         """The peak over batch sizes; None where phases differ in theirs, or batches of other sizes work otherwise."""
+        plan = plan.without_details()
         if len({phase.batch_size for phase in plan.phases}) != 1:
             return None
         key = with_batch(plan, 1).cost_key()
@@ -128,6 +131,7 @@ class Costs:
 
     def peak_bytes_at(self, plan: Plan) -> int:
         """As :meth:`peak_bytes`, from one prediction at this batch size: half the work where no other size is asked for."""
+        plan = plan.without_details()
         return self._store.get(["peak", *self._depends, plan.cost_key()], lambda: max(self._course(plan)))
 
     def _course(self, plan: Plan) -> list[int]:
@@ -138,7 +142,8 @@ class Costs:
         return {entry.name: torch.empty(entry.shape) for entry in self._forms.of(plan).down}
 
     def _train(
-        self, plan: Plan, skeleton: Skeleton, values: dict[str, Tensor], batch_size: int | None = None, steps: int = 2
+        self, plan: Plan, skeleton: Skeleton, values: dict[str, Tensor], batch_size: int | None = None, steps: int = 2,
+        draw: Callable[[int], int] = lambda n: n - 1,
     ) -> None:
         """The client's own training code, on tensors without storage."""
 
@@ -150,18 +155,21 @@ class Costs:
 
         run_plan(
             self.strategy, plan, skeleton, values, self._forms.of(plan).regions, batches, self._settings,
-            rate_factor=1.0, device=torch.device("cpu"), generator=torch.Generator(),
+            rate_factor=1.0, device=torch.device("cpu"), generator=torch.Generator(), draw=draw,
         )
 
     def _flops_per_visit(self, plan: Plan) -> float:
-        counter, skeleton = flop_counter(), Skeleton(self.strategy.build(plan))
+        """Of one phase; the mean over the courses among which its steps draw."""
+        counter, skeleton, num_draws = flop_counter(), Skeleton(self.strategy.build(plan)), self.strategy.num_draws(plan)
+        turns = itertools.count()
 
         def work(values: dict[str, Tensor]) -> None:
             with counter:
-                self._train(plan, skeleton, values, batch_size=_FLOP_BATCH, steps=1)
+                for _ in range(num_draws):
+                    self._train(plan, skeleton, values, batch_size=_FLOP_BATCH, steps=1, draw=lambda n: next(turns) % n)
 
         predict_course(lambda: self._payload(plan), work)
-        return counter.get_total_flops() / _FLOP_BATCH
+        return counter.get_total_flops() / (_FLOP_BATCH * num_draws)
 
 
 def _what_counts(settings: ClientSettings) -> list[Any]:
@@ -173,8 +181,8 @@ def _what_counts(settings: ClientSettings) -> list[Any]:
 
 def _trains_plainly(strategy: Strategy) -> bool:
     """Whether the strategy's clients do what those of every strategy do that says nothing else."""
-    methods = ("region", "build", "receive", "loss", "upload", "remember")
-    return not strategy.keeps_state and all(getattr(type(strategy), name) is getattr(Strategy, name) for name in methods)
+    methods = ("region", "build", "receive", "loss", "upload", "remember", "num_draws")
+    return not strategy.keeps_state and not strategy.extras and all(getattr(type(strategy), name) is getattr(Strategy, name) for name in methods)
 
 
 def with_batch(plan: Plan, batch_size: int) -> Plan:

@@ -7,10 +7,11 @@ and client. The defaults are plain federated averaging; :meth:`Strategy.plan` al
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -48,6 +49,8 @@ class Candidate:
     Attributes:
         planner: What plans would cost this client, and which it can carry out. Plans that ran out of memory on a budget
             like its own do not fit.
+        label_counts: Gives the client's samples of each class, int64 (num_classes,); None where the data were dealt out without
+            regard to labels.
     """
 
     client: int
@@ -55,6 +58,11 @@ class Candidate:
     num_samples: int
     profile: DeviceProfile
     planner: PlannerView
+    label_counts: Callable[[], np.ndarray | None] = lambda: None
+
+
+def _fits_all(plan: Plan, budget_bytes: int | None) -> bool:
+    return True
 
 
 @dataclass(frozen=True)
@@ -67,6 +75,8 @@ class Problem:
         phases: Local training as configured.
         num_clients: Size of the fleet.
         seed: The run's seed.
+        budgets: The different budgets of the fleet in bytes, ascending, None (no limit) last, and how many clients have each.
+        fits: Whether a plan of this strategy is sure to fit a budget in bytes (None: no limit), whoever has it.
     """
 
     chain: Chain
@@ -74,6 +84,8 @@ class Problem:
     phases: tuple[Phase, ...]
     num_clients: int
     seed: int
+    budgets: tuple[tuple[int | None, int], ...] = ()
+    fits: Callable[[Plan, int | None], bool] = _fits_all
 
 
 class Strategy(ABC):
@@ -81,14 +93,25 @@ class Strategy(ABC):
 
     Subclasses take their settings as keyword-only parameters of ``__init__``, after ``problem``.
 
+    Args:
+        extras: Modules that the method has beside the chain, such as classifiers on the way, by name; on the meta device. Their
+            tensors are called ``<name>.<rest>``, belong to the global model, and each module is a block of its own.
+
     Attributes:
         keeps_state: Whether its clients remember tensors from one turn to the next; see :meth:`remember`.
+        statistics_samples: Training samples from which the running statistics of norms are worked out anew before each
+            evaluation, for methods whose clients keep none; None: they are what the clients sent; 0: from all samples.
+        splitting: The problem's blocks, and those of ``extras``.
     """
 
     keeps_state = False
+    statistics_samples: int | None = None
 
-    def __init__(self, problem: Problem):
+    def __init__(self, problem: Problem, extras: Mapping[str, nn.Module] | None = None):
         self.problem = problem
+        self.extras: Mapping[str, nn.Module] = dict(extras or {})
+        own = {name: (name,) for name in self.extras}
+        self.splitting = Splitting({**problem.splitting.blocks, **own}) if own else problem.splitting
 
     def init(self, params: Mapping[str, Tensor]) -> ServerState:
         """The server's state before the first round. ``params``: the initial global model, float32, by name."""
@@ -109,7 +132,7 @@ class Strategy(ABC):
         model, in which blocks that are not trained ask for no gradient.
         """
         splitting = self.problem.splitting
-        assert set(plan.hold) == set(splitting.names), "a strategy whose clients do not hold all blocks must write `build`"
+        assert set(plan.hold) >= set(splitting.names), "a strategy whose clients do not hold all blocks must write `build`"
         chain = self.problem.chain.skeleton()
         for name, parameter in chain.named_parameters():
             parameter.requires_grad_(splitting.block_of(name) in plan.train)
@@ -139,13 +162,33 @@ class Strategy(ABC):
 
     def upload(self, name: str, value: Tensor, region: Region, plan: Plan) -> Tensor | None:
         """What goes up for a tensor that the client holds: by default its value if its block is trained, else None."""
-        return value if self.problem.splitting.block_of(name) in plan.train else None
+        return value if self.splitting.block_of(name) in plan.train else None
 
     def advance(self, old: ServerState, new: ServerState, metrics: Mapping[str, Any]) -> ServerState:
         """The state with which the next round starts. ``new`` holds the aggregated model; its round index is set."""
         return new
 
+    def num_draws(self, plan: Plan) -> int:
+        """Of how many equally likely courses each training step takes one, which ``model.draw(n)`` draws in :meth:`loss`.
+
+        ``draw`` is set on the model; it returns 0 … n − 1, keyed by seed, round and client. For a prediction of memory it
+        returns n − 1, which must be the course that needs most.
+        """
+        return 1
+
+    def evaluated(self, state: ServerState) -> Plan:
+        """The plan whose sub-model, in evaluation mode, is the global model after ``state``: by default all of the chain."""
+        return self.full_plan()
+
+    def variants(self, state: ServerState) -> Mapping[str, Plan]:
+        """Further sub-models to evaluate at the end of a run, such as each width or depth, by name."""
+        return {}
+
     def whole_plan(self, candidate: Candidate) -> Plan:
-        """The plan that holds and trains every block: full training as configured."""
+        """The plan that holds and trains every block of the chain: full training as configured."""
+        return self.full_plan(candidate.client)
+
+    def full_plan(self, client: int = 0) -> Plan:
+        """As :meth:`whole_plan`, for this client."""
         names = self.problem.splitting.names
-        return Plan(client=candidate.client, hold=names, train=names, phases=self.problem.phases)
+        return Plan(client=client, hold=names, train=names, phases=self.problem.phases)

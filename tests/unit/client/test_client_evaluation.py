@@ -17,6 +17,10 @@ def held_out():
     return ArrayDataset(x.numpy(), y.numpy().astype(np.int64), num_classes=CLASSES)
 
 
+def evaluator_of(small, dataset, batch_size):
+    return Evaluator(small.strategy, small.forms, dataset, dataset, batch_size=batch_size, device=CPU, seed=1)
+
+
 def same(first, second):
     return (
         (first.loss, first.accuracy) == (second.loss, second.accuracy)
@@ -27,10 +31,10 @@ def same(first, second):
 
 def test_shards_combine_to_the_same_bits(held_out):
     small = Small()
-    evaluator = Evaluator(small.chain.skeleton(), held_out, batch_size=8, device=CPU)
-    reference = combine([evaluator.run(small.values, 0, 1)])
+    evaluator = evaluator_of(small, held_out, 8)
+    reference = combine([evaluator.run(small.plan(), small.values, 0, 1)])
     for size in (1, 2, 3, 5, 9, 12):
-        shards = [evaluator.run(small.values, rank, size) for rank in range(size)]
+        shards = [evaluator.run(small.plan(), small.values, rank, size) for rank in range(size)]
         shards = json.loads(json.dumps(shards))  # as they cross the ranks
         assert same(combine(shards), reference)
         assert same(combine(shards[::-1]), reference)
@@ -51,30 +55,29 @@ def test_shards_combine_to_the_same_bits(held_out):
 def test_values_are_left_alone_and_storage_is_given_back(held_out):
     small = Small()
     before = {name: value.clone() for name, value in small.values.items()}
-    skeleton = small.chain.skeleton()
-    evaluator = Evaluator(skeleton, held_out, batch_size=16, device=CPU)
-    first = combine([evaluator.run(small.values, 0, 1)])
-    assert {tensor.device.type for tensor in skeleton.state_dict().values()} == {"meta"}
+    evaluator = evaluator_of(small, held_out, 16)
+    first = combine([evaluator.run(small.plan(), small.values, 0, 1)])
+    assert {tensor.device.type for tensor in evaluator._skeleton(small.plan()).model.state_dict().values()} == {"meta"}
     assert all(torch.equal(small.values[name], before[name]) for name in before)  # norm statistics, too
-    assert same(combine([evaluator.run(small.values, 0, 1)]), first)
+    assert same(combine([evaluator.run(small.plan(), small.values, 0, 1)]), first)
     with pytest.raises(KeyError):
-        evaluator.run({}, 0, 1)
-    assert {tensor.device.type for tensor in skeleton.state_dict().values()} == {"meta"}
+        evaluator.run(small.plan(), {}, 0, 1)
+    assert {tensor.device.type for tensor in evaluator._skeleton(small.plan()).model.state_dict().values()} == {"meta"}
     # A model that blew up is a figure, not an error.
     broken = {name: torch.full_like(value, math.nan) for name, value in small.values.items()}
-    shards = json.loads(json.dumps([evaluator.run(broken, 0, 1)]))
+    shards = json.loads(json.dumps([evaluator.run(small.plan(), broken, 0, 1)]))
     assert math.isnan(combine(shards).loss)
 
 
 def test_missing_and_doubled_batches_are_noticed(held_out):
     small = Small()
-    evaluator = Evaluator(small.chain.skeleton(), held_out, batch_size=32, device=CPU)
-    shards = [evaluator.run(small.values, rank, 2) for rank in range(2)]
+    evaluator = evaluator_of(small, held_out, 32)
+    shards = [evaluator.run(small.plan(), small.values, rank, 2) for rank in range(2)]
     assert [batch[0] for batch in shards[1]] == [1]
     for bad in ([shards[0], shards[0]], [shards[0]], [*shards, shards[1]]):
         with pytest.raises(AssertionError, match="missing or was done twice"):
             combine(bad)
-    assert evaluator.run(small.values, 4, 5) == []  # more ranks than mini-batches
+    assert evaluator.run(small.plan(), small.values, 4, 5) == []  # more ranks than mini-batches
 
 
 def test_accuracy_on_a_mix_of_classes():
