@@ -42,11 +42,8 @@ def start_up(clients: int) -> None:
     })
     prepared = prepare(config, choose_device(config.backend))
     run = assemble(prepared, join(config.backend, prepared.device), StopFlag())
-    from dfed.models import materialise
-    from dfed.rng import torch_generator
 
-    chain = materialise(run.chain.skeleton(), torch_generator(config.seed, "init"))
-    state = run.job.strategy.init({name: t for name, t in chain.state_dict().items() if name in run.job.shapes})
+    state = run.job.strategy.init(run.planning.first_params(config.seed))
     cohort = choose_cohort(run.job, state)
     encode_order(run.job, state, cohort)
     assert len(cohort.plans) == config.cohort

@@ -12,18 +12,19 @@ from dfed.client import ClientReport, Forms, Worker
 from dfed.comm import Message, Transport, wire
 from dfed.comm.partial_sums import SumsBuffer, value_range, weight_scale
 from dfed.data import Partition
+from dfed.drawing import Asked
 from dfed.fleet import Cost, Fleet, client_cost, round_time
 from dfed.plan import Plan
-from dfed.planner import ClientPlanner, Costs
-from dfed.server import ServerOptimizer
+from dfed.planner import Costs
+from dfed.server import ServerOptimizer, StatefulSampler, View
 from dfed.state import ServerState
-from dfed.strategies import Candidate, Strategy
+from dfed.strategies import Strategy
 
 __all__ = ["Cohort", "Job", "Sampler", "choose_cohort", "client_rows", "encode_order", "round_row"]
 
 
 class Sampler(Protocol):
-    """Draws cohorts; see :mod:`dfed.server.samplers`."""
+    """Draws cohorts; see :mod:`dfed.server.samplers`. Those that remember are :class:`dfed.server.StatefulSampler`."""
 
     def cohort(
         self, *, size: int, num_clients: int, seed: int, round_index: int, admit: Callable[[int], bool],
@@ -52,7 +53,7 @@ class Job:
     buffers: frozenset[str]
     fleet: Fleet
     partition: Partition
-    sampler: Sampler
+    sampler: Sampler | StatefulSampler
     optimizer: ServerOptimizer
     costs: Costs
     refuses_over_budget: bool
@@ -66,6 +67,14 @@ class Job:
     body: wire.Buffer = field(default_factory=wire.Buffer)
     stop_requested: Callable[[], bool]
 
+    def asked(self, state: ServerState) -> Asked:
+        """The plans that the strategy has for clients in the round after ``state``; none is asked for yet."""
+        return Asked(strategy=self.strategy, fleet=self.fleet, partition=self.partition, costs=self.costs, state=state)
+
+    def view(self, state: ServerState) -> View:
+        """What a sampler that remembers may ask in the round after ``state``."""
+        return self.asked(state).view(seed=self.seed, rounds=self.rounds)
+
 
 @dataclass(frozen=True)
 class Cohort:
@@ -74,43 +83,50 @@ class Cohort:
     Attributes:
         dropped: Clients that vanish during the round.
         refused: Clients whose predicted peak exceeds their budget, where ``memory.enforce`` is ``predicted``.
+        late: Clients that the round does not wait for: more were drawn than wanted, and these are predicted to be the slowest.
     """
 
     plans: Mapping[int, Plan]
     ranks: Mapping[int, int]
     dropped: frozenset[int]
     refused: frozenset[int]
+    late: frozenset[int]
     ineligible: int
     unavailable: int
 
 
 def choose_cohort(job: Job, state: ServerState) -> Cohort:
     """Draw the cohort among the clients that are available and have a plan, and give each a rank (keyed; server only)."""
-    round_index, plans, asked = state.round_index, {}, {"ineligible": 0, "unavailable": 0}
+    round_index, asked, plans, in_vain = state.round_index, job.asked(state), {}, {"ineligible": 0, "unavailable": 0}
 
     def admit(client: int) -> bool:
         if not job.fleet.available(client, round_index):
-            asked["unavailable"] += 1
+            in_vain["unavailable"] += 1
             return False
-        num_samples, profile = job.partition.num_samples(client), job.fleet.profile(client)
-        planner = ClientPlanner(job.costs, profile, num_samples, state.infeasible)
-        candidate = Candidate(client, round_index, num_samples, profile, planner)
-        plan = job.strategy.plan(state, candidate) if num_samples else None
-        if plan is None or planner.failed_before(plan):  # no plan is tried twice on a budget that was too small for it
-            asked["ineligible"] += 1
+        plan = asked.plan(client)
+        if plan is None:
+            in_vain["ineligible"] += 1
             return False
         plans[client] = plan
         return True
 
-    chosen = job.sampler.cohort(
-        size=job.cohort, num_clients=job.fleet.num_clients, seed=job.seed, round_index=round_index, admit=admit,
-        sizes=job.partition.sizes,
-    )
+    if isinstance(job.sampler, StatefulSampler):
+        view = asked.view(seed=job.seed, rounds=job.rounds)
+        chosen = job.sampler.cohort(state.sampler, view, size=job.cohort, admit=admit)
+    else:
+        chosen = job.sampler.cohort(
+            size=job.cohort, num_clients=job.fleet.num_clients, seed=job.seed, round_index=round_index, admit=admit,
+            sizes=job.partition.sizes,
+        )
     dropped = frozenset(client for client in chosen if job.fleet.drops_out(client, round_index))
     refused = frozenset(c for c in chosen if c not in dropped and _is_over_budget(job, c, plans[c]))
-    away = dropped | refused
-    costs = {c: job.costs.flops(plans[c], job.partition.num_samples(c)) for c in chosen if c not in away}
-    return Cohort({c: plans[c] for c in chosen}, _assign(costs, job.transport.client_ranks), dropped, refused, **asked)
+    present = [c for c in chosen if c not in dropped | refused]
+    if len(present) > job.cohort:
+        present.sort(key=lambda client: (asked.cost(client), client))
+    late = frozenset(present[job.cohort :])
+    costs = {c: job.costs.flops(plans[c], job.partition.num_samples(c)) for c in present if c not in late}
+    ranks = _assign(costs, job.transport.client_ranks)
+    return Cohort({c: plans[c] for c in chosen}, ranks, dropped, refused, late, **in_vain)
 
 
 def _is_over_budget(job: Job, client: int, plan: Plan) -> bool:
@@ -131,7 +147,8 @@ def _assign(costs: Mapping[int, float], ranks: Sequence[int]) -> dict[int, int]:
 
 def encode_order(job: Job, state: ServerState, cohort: Cohort) -> Message:
     """The round's broadcast: every rank's tasks, and each block that someone in the cohort needs, encoded once."""
-    weights = {client: job.partition.num_samples(client) for client in cohort.plans if client not in cohort.dropped}
+    gone = cohort.dropped | cohort.late
+    weights = {client: job.partition.num_samples(client) for client in cohort.plans if client not in gone}
     tasks: dict[str, list[dict[str, Any]]] = {str(rank): [] for rank in job.transport.client_ranks}
     plans: dict[str, tuple[int, Plan]] = {}  # each different one crosses once
     for client, rank in cohort.ranks.items():
@@ -149,7 +166,7 @@ def encode_order(job: Job, state: ServerState, cohort: Cohort) -> Message:
     for entry in (entry for form in forms for entry in form.down):
         held.setdefault(entry.name, set()).add(entry.codec)
     sent_up = {entry.name for form in forms for entry in form.up}
-    block_of = job.strategy.problem.splitting.block_of
+    block_of = job.strategy.splitting.block_of
     entries, body_bytes = wire.layout(
         (name, block_of(name), codec, shape) for name, shape in job.shapes.items() for codec in sorted(held.get(name, ()))
     )
@@ -168,8 +185,9 @@ def encode_order(job: Job, state: ServerState, cohort: Cohort) -> Message:
 
 
 def client_rows(job: Job, cohort: Cohort, reports: Sequence[Mapping[str, Any]], round_index: int) -> list[dict[str, Any]]:
-    """The clients' lines of metrics: those that reported, by number, then those that dropped out or were refused."""
+    """The clients' lines of metrics: those that reported, by number, then those that dropped out, were late or refused."""
     absent = [*_absent(job, cohort, cohort.dropped, "failed", "dropout", round_index),
+              *_absent(job, cohort, cohort.late, "failed", "late", round_index),
               *_absent(job, cohort, cohort.refused, "oom", "predicted", round_index)]
     return [{"round": round_index, **_client_row(job, cohort, report)} for report in [*reports, *absent]]
 
@@ -190,13 +208,15 @@ def _client_row(job: Job, cohort: Cohort, report: Mapping[str, Any]) -> dict[str
     profile, num_samples = job.fleet.profile(client), job.partition.num_samples(client)
     down, up = sum(report["bytes_down"].values()), sum(report["bytes_up"].values())
     form = job.forms.of(plan)
-    done = report["status"] == "completed"
-    cost = client_cost(profile, flops=job.costs.flops(plan, num_samples) if done else 0.0, bytes_down=down, bytes_up=up)
+    trains = report["status"] == "completed" or client in cohort.late
+    cost = client_cost(profile, flops=job.costs.flops(plan, num_samples) if trains else 0.0, bytes_down=down, bytes_up=up)
     return {
         "client": client,
         "tier": profile.tier,
         "rank": cohort.ranks.get(client),
-        **{name: report[name] for name in ("status", "reason", "loss", "num_steps", "num_visits", "peak_bytes", "time_s")},
+        **{name: report[name] for name in (
+            "status", "reason", "loss", "loss_rms", "num_steps", "num_visits", "peak_bytes", "time_s"
+        )},
         "num_samples": num_samples,
         "budget_bytes": profile.budget_bytes,
         "predicted_bytes": job.costs.peak_bytes(plan),
@@ -214,14 +234,14 @@ def round_row(cohort: Cohort, clients: Sequence[Mapping[str, Any]], round_index:
     completed = [row for row in clients if row["status"] == "completed"]
     visits = sum(row["num_visits"] for row in completed)
     counts = {status: sum(row["status"] == status for row in clients) for status in ("completed", "oom", "failed")}
-    costs = [Cost(row["sim_time_s"], 0.0, 0.0, row["energy_j"]) for row in clients]
+    waited_for = [Cost(row["sim_time_s"], 0.0, 0.0, row["energy_j"]) for row in clients if row["client"] not in cohort.late]
     return {
         "round": round_index,
         "train_loss": sum(row["loss"] * row["num_visits"] for row in completed) / visits if visits else None,
         "clients": {"selected": len(clients), **counts, "ineligible": cohort.ineligible, "unavailable": cohort.unavailable},
         "bytes": {"up": sum(row["bytes_up"] for row in clients), "down": sum(row["bytes_down"] for row in clients),
                   "by_block": {direction: _by_block(clients, direction) for direction in ("down", "up")}},
-        "sim_time_s": round_time(costs),
+        "sim_time_s": round_time(waited_for),
         "energy_j": sum(row["energy_j"] for row in clients),
     }
 

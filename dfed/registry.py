@@ -163,11 +163,22 @@ PARTITIONERS = Registry("partitioner", {
     "shards": "dfed.data.partition:shards",
 })
 STRATEGIES = Registry("strategy", {
+    "allsmall": "dfed.strategies.allsmall:AllSmall",
+    "depthfl": "dfed.strategies.depthfl:DepthFL",
     "exclusivefl": "dfed.strategies.exclusivefl:ExclusiveFL",
     "fedavg": "dfed.strategies.fedavg:FedAvg",
+    "feddropout": "dfed.strategies.feddropout:FedDropout",
+    "fedepth": "dfed.strategies.fedepth:FeDepth",
     "fedprox": "dfed.strategies.fedprox:FedProx",
+    "fedrolex": "dfed.strategies.fedrolex:FedRolex",
+    "fjord": "dfed.strategies.fjord:Fjord",
+    "heterofl": "dfed.strategies.heterofl:HeteroFL",
+    "inclusivefl": "dfed.strategies.inclusivefl:InclusiveFL",
+    "progfed": "dfed.strategies.progfed:ProgFed",
 })
 SAMPLERS = Registry("sampler", {
+    "oort": "dfed.server.oort:Oort",
+    "tifl": "dfed.server.tifl:TiFL",
     "uniform": "dfed.server.samplers:Uniform",
     "weighted": "dfed.server.samplers:Weighted",
 })

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -14,6 +14,7 @@ from typing import Any
 from dfed.cohort import Cohort, Job, choose_cohort, client_rows, encode_order, round_row
 from dfed.comm import Message, wire
 from dfed.comm.partial_sums import PartialSums
+from dfed.drawing import advance, begin
 from dfed.errors import DfedError, ExchangeFailed, SumsLost, TooManyFailures, UpdateRejected, WireError
 from dfed.plan import Plan
 from dfed.planner import learn
@@ -50,6 +51,7 @@ def lead_round(job: Job, state: ServerState) -> RoundResult:
 
     # 1. Plan for the candidates and draw the cohort among those who have a plan; assign clients to ranks.
     with calling("strategy", job.strategy_name):  # which plans, and whose training is predicted
+        state = begin(job.sampler, state, lambda: job.view(state))
         cohort = choose_cohort(job, state)
 
     # 2. Down: every block that someone needs, encoded once, to all ranks.
@@ -73,7 +75,9 @@ def lead_round(job: Job, state: ServerState) -> RoundResult:
     row = round_row(cohort, clients, state.round_index)
     row["bytes"]["fabric"] = job.transport.fabric_bytes - fabric
     row["time_s"] = time.perf_counter() - start
-    new = job.strategy.advance(state, new, row)
+    senders = Counter(block for plan in completed for block in plan.train)
+    new = job.strategy.advance(state, new, {**row, "senders": senders})
+    new = replace(new, sampler=advance(job.sampler, state, lambda: job.view(state), row, clients))
     keepers = [report["client"] for report in reports if report["keeps_state"] and report["status"] == "completed"]
     new = replace(new, infeasible=_infeasible(job, cohort, clients, state),
                   clients={**state.clients, **dict.fromkeys(keepers, state.round_index)})
@@ -160,7 +164,7 @@ class _Inbox:
         """Write down in the reports which updates were refused."""
         for report in reports:
             if (refused := self._refused.get(report["client"])) is not None:
-                report.update(status="failed", reason=refused[0], detail=refused[1], loss=None)
+                report.update(status="failed", reason=refused[0], detail=refused[1], loss=None, loss_rms=None)
 
 
 def _infeasible(job: Job, cohort: Cohort, clients: Sequence[Mapping[str, Any]], state: ServerState) -> Mapping[str, int]:

@@ -25,6 +25,7 @@ class ClientReport:
             ``dropout``, and ``host_memory``: the machine ran out while no cap was in force.
         detail: The error's text, for the log.
         loss: Mean training loss over all visits.
+        loss_rms: Root of the mean, over all visits, of the square of their mini-batch's mean loss.
         num_visits, num_steps: Samples seen, repetitions counted, and optimiser steps.
         peak_bytes: Measured peak of the memory that training added; None where it was not measured.
         bytes_down, bytes_up: By part of the message (header, values).
@@ -37,6 +38,7 @@ class ClientReport:
     reason: str | None = None
     detail: str | None = None
     loss: float | None = None
+    loss_rms: float | None = None
     num_visits: int = 0
     num_steps: int = 0
     peak_bytes: int | None = None
@@ -67,5 +69,5 @@ class ClientReport:
                     "A mini-batch of one sample reached a batch norm over a single pixel. `client.drop_last: true` leaves out "
                     "a last mini-batch that is too small; `model.norm: group`, larger images or more samples help too."
                 )
-        self.loss = None
+        self.loss = self.loss_rms = None
         traceback.clear_frames(error.__traceback__)

@@ -34,6 +34,7 @@ class LocalResult:
         update: Tensors to send up, by name, where they were trained.
         client_state: What the strategy has the client remember, likewise.
         loss_sum: Sum over all visits of the samples' loss, float32 scalar tensor.
+        loss_square_sum: Sum over all visits of the square of their mini-batch's mean loss, likewise.
         num_visits: Samples that passed through the model, repetitions counted.
         num_steps: Optimiser steps taken.
     """
@@ -41,6 +42,7 @@ class LocalResult:
     update: dict[str, Tensor]
     client_state: Mapping[str, Tensor]
     loss_sum: Tensor
+    loss_square_sum: Tensor
     num_visits: int
     num_steps: int
 
@@ -119,6 +121,7 @@ def run_plan(
     generator: torch.Generator | None,
     after_batch: Callable[[], None] = lambda: None,
     client_state: Mapping[str, Tensor] = _NOTHING,
+    draw: Callable[[int], int] = lambda n: n - 1,
 ) -> LocalResult:
     """Train one client. Everything it allocates counts against the client's budget.
 
@@ -131,6 +134,7 @@ def run_plan(
         generator: For the layers that draw numbers, on ``device``.
         after_batch: Called after each step; may raise to abandon the training.
         client_state: What the client remembers, on the CPU.
+        draw: ``model.draw``; see :meth:`Strategy.num_draws`.
     """
     model = skeleton.model
     skeleton.load(values, device)
@@ -140,28 +144,59 @@ def run_plan(
     if settings.activation_checkpointing:
         assert isinstance(model, Chain), "activation checkpointing works on chains: a strategy must build one"
         model.recompute = True
+    model.draw = draw  # type: ignore[assignment]
     strategy.receive(model, client_state, plan)
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = make_optimizer(settings, parameters, rate_factor)
-    loss_sum, num_visits, num_steps = torch.zeros((), device=device), 0, 0
+    wanted = _Wanted(strategy, plan, model)
+    optimizer: torch.optim.Optimizer | None = None
+    loss_sum, loss_square_sum, num_visits, num_steps = torch.zeros((), device=device), torch.zeros((), device=device), 0, 0
     for phase in plan.phases:
+        if wanted.change_to(phase) or optimizer is None:
+            optimizer = None  # its state goes before the next one's comes
+            optimizer = make_optimizer(settings, wanted.parameters, rate_factor)
         for x, y in _on(device, batches(phase)):
             optimizer.zero_grad(set_to_none=True)
             with torch.autocast(device.type, torch.bfloat16, enabled=settings.precision == "bf16"):
                 loss = strategy.loss(model, x, y, phase)
             loss.backward()
             if settings.clip_norm is not None:
-                nn.utils.clip_grad_norm_(parameters, settings.clip_norm)
+                nn.utils.clip_grad_norm_(wanted.parameters, settings.clip_norm)
             optimizer.step()
             loss_sum += loss.detach() * len(y)
+            loss_square_sum += loss.detach() ** 2 * len(y)
             num_visits += len(y)
             num_steps += 1
             after_batch()
-    optimizer.zero_grad(set_to_none=True)
+        optimizer.zero_grad(set_to_none=True)
+    wanted.change_to(None)
     update = _update(strategy, plan, model, regions)
     if strategy.keeps_state:
         client_state = _checked(strategy.remember(model, client_state, plan))
-    return LocalResult(update, client_state, loss_sum, num_visits, num_steps)
+    return LocalResult(update, client_state, loss_sum, loss_square_sum, num_visits, num_steps)
+
+
+class _Wanted:
+    """Which parameters of the model ask for gradients, phase by phase."""
+
+    def __init__(self, strategy: Strategy, plan: Plan, model: nn.Module):
+        self._block_of, self._model = strategy.splitting.block_of, model
+        self._all = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+        self._now: tuple[str, ...] | None = None
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """Those that are trained now."""
+        return [parameter for _, parameter in self._all if parameter.requires_grad]
+
+    def change_to(self, phase: Phase | None) -> bool:
+        """Freeze what ``phase`` (None: no phase) does not train, and thaw what it does; whether that changed anything."""
+        before, self._now = self._now, None if phase is None else phase.train
+        if self._now == before:
+            return False
+        for name, parameter in self._all:
+            parameter.requires_grad_(self._now is None or self._block_of(name) in self._now)
+        for name, child in self._model.named_children():
+            child.train(self._now is None or self._block_of(name) in self._now)
+        return True
 
 
 def _update(strategy: Strategy, plan: Plan, model: nn.Module, regions: Mapping[str, Region]) -> dict[str, Tensor]:

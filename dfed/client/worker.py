@@ -5,7 +5,9 @@ from __future__ import annotations
 import gc
 import itertools
 import logging
+import math
 import time
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -37,6 +39,7 @@ __all__ = ["Worker"]
 logger = logging.getLogger(__name__)
 
 _LOOKED_AT = 4096
+_MOST_SKELETONS = 64
 
 
 @dataclass(frozen=True)
@@ -87,7 +90,7 @@ class Worker:
         self._shapes, self._cap, self._forms, self._device = shapes, cap, forms, device
         self._seed, self._abandoned = seed, abandoned
         self._augment = AUGMENTATIONS[settings.augment]
-        self._skeletons: dict[str, Skeleton] = {}
+        self._skeletons: OrderedDict[str, Skeleton] = OrderedDict()
         self._thread = TrainingThread(device, self._warm_up)
         self._feeds_back = error_feedback
         self._measured: set[str] = set()
@@ -172,7 +175,8 @@ class Worker:
         except (RankLost, CheckpointError, SumsLost, KeyboardInterrupt):
             raise
         except UpdateRejected as error:
-            report.status, report.reason, report.loss = "failed", error.reason, None
+            report.status, report.reason = "failed", error.reason
+            report.loss = report.loss_rms = None
             report.detail = str(error) + (self._why_not_finite(plan) if error.reason == "non_finite" else "")
         except Exception as error:
             report.note(error, cap_bytes)
@@ -197,9 +201,13 @@ class Worker:
     def _empty_skeleton(self, plan: Plan) -> Skeleton:
         """The plan's skeleton, emptied: what another try left in it would be freed under the cap, as if that made room."""
         self._unload(plan)
-        if plan.shape_key() not in self._skeletons:
-            self._skeletons[plan.shape_key()] = Skeleton(self._strategy.build(plan))
-        return self._skeletons[plan.shape_key()]
+        key = plan.shape_key()
+        if key not in self._skeletons:
+            self._skeletons[key] = Skeleton(self._strategy.build(plan))
+            while len(self._skeletons) > _MOST_SKELETONS:  # windows that move are other sub-models each round
+                self._skeletons.popitem(last=False)
+        self._skeletons.move_to_end(key)
+        return self._skeletons[key]
 
     def _train(self, plan: Plan, form: Form, values: Mapping[str, Tensor], task: Mapping[str, Any], down: _Down,
                report: ClientReport, client_state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -208,6 +216,7 @@ class Worker:
         indices = self._partition.indices(plan.client)
         generator = _device_generator(self._device, self._seed, "layers", down.round_index, plan.client)
 
+        draws = rng.numpy_generator(self._seed, "draw", down.round_index, plan.client)
         turns = itertools.count()  # two equal phases see the data in different orders
 
         def batches(phase: Phase) -> Iterable[tuple[Tensor, Tensor]]:
@@ -226,7 +235,7 @@ class Worker:
                      num_samples=len(indices), device=self._device)
             skeleton = self._empty_skeleton(plan)
         # At full batches a plan's peak is the same for every client: those without a budget need one measurement a plan.
-        measure_peak = budget_bytes is not None or plan.shape_key() not in self._measured
+        measure_peak = budget_bytes is not None or plan.cost_key() not in self._measured
         meter = None
         try:
             with self._cap.guard(budget_bytes, measure_peak=measure_peak) as meter:
@@ -235,11 +244,13 @@ class Worker:
                     rate_factor=down.rate_factor, device=self._device, generator=generator, after_batch=self._after_batch,
                     # Copies: the state counts against the budget, and what another try did to it is not seen here.
                     client_state={name: value.clone() for name, value in client_state.items()},
+                    draw=lambda n: int(draws.integers(n)),
                 )
                 report.loss = float(result.loss_sum) / max(1, result.num_visits)
+                report.loss_rms = math.sqrt(float(result.loss_square_sum) / max(1, result.num_visits))
         finally:
             report.peak_bytes = meter.peak_bytes if meter is not None else None
-        self._measured.add(plan.shape_key())
+        self._measured.add(plan.cost_key())
         report.num_visits, report.num_steps = result.num_visits, result.num_steps
         return _on_cpu(result.update, self._device), _on_cpu(result.client_state, self._device)
 

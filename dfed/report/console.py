@@ -24,6 +24,7 @@ _CAUSES = {
     "oom": "out of memory",
     "dropout": "dropped out",
     "exception": "raised an exception",
+    "late": "came too late",
     "host_memory": "met a machine out of memory",
     "non_finite": "had an update that is not finite",
     "out_of_range": "had an update out of range",

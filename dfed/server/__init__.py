@@ -4,6 +4,6 @@ from __future__ import annotations
 
 from dfed.server.aggregate import Contribution, aggregate
 from dfed.server.optimizers import ServerOptimizer
-from dfed.server.samplers import Uniform, Weighted
+from dfed.server.samplers import StatefulSampler, Uniform, View, Weighted
 
-__all__ = ["Contribution", "ServerOptimizer", "Uniform", "Weighted", "aggregate"]
+__all__ = ["Contribution", "ServerOptimizer", "StatefulSampler", "Uniform", "View", "Weighted", "aggregate"]

@@ -70,9 +70,12 @@ def _mean(total: Tensor, held: Mapping[Region, int], scale: float, old: Tensor) 
     """The mean (float32; ``old`` where nobody holds the entry) and which entries are covered (None: all)."""
     if set(held) == {WHOLE}:
         return total.div_(held[WHOLE] * scale).to(torch.float32), None
-    weights = torch.zeros_like(total)
+    weights = torch.full_like(total, held.get(WHOLE, 0) * scale)
     for region, weight in held.items():
-        region.add_(weights, weight * scale)  # exact: whole numbers times a power of two
-    covered = weights > 0
-    mean = torch.where(covered, total / weights, old.to(torch.float64)).to(torch.float32)
-    return mean, None if bool(covered.all()) else covered
+        if region != WHOLE:
+            region.add_(weights, weight * scale)  # exact: whole numbers times a power of two
+    covered = None if WHOLE in held else weights > 0
+    mean = total.div_(weights).to(torch.float32)
+    if covered is None or bool(covered.all()):
+        return mean, None
+    return torch.where(covered, mean, old), covered

@@ -23,6 +23,7 @@ server: {optimizer: momentum}
 metrics: {tensorboard: false, every: 5}
 checkpoint: {every: 1}
 codecs: {up: {name: top_k, density: 0.2}, error_feedback: true}
+sampler: {name: oort, window: 4}
 """
 
 # Trains like any model, but trips over some mini-batches. Whether it does is decided by what is in the mini-batch, so it

@@ -14,16 +14,17 @@ OTHERS = sorted(path for path in SMOKE.glob("*.yaml") if path != FEDAVG)
 VARIANTS = {
     "per_client": [*PLAIN, "exchange=per_client"],
     "predicted": [*PLAIN, "memory.enforce=predicted"],
-    "feedback": [*PLAIN, "codecs={up: {name: top_k, density: 0.05, values: int8}, error_feedback: true}"],
-    "feedback_per_client": [*PLAIN, "codecs={up: {name: top_k, density: 0.05, values: int8}, error_feedback: true}",
-                            "exchange=per_client"],
+    "feedback": [*PLAIN, "sampler=oort", "codecs={up: {name: top_k, density: 0.05, values: int8}, error_feedback: true}"],
+    "feedback_per_client": [*PLAIN, "sampler=oort", "exchange=per_client",
+                            "codecs={up: {name: top_k, density: 0.05, values: int8}, error_feedback: true}"],
     "coded": [*PLAIN, "codecs.up={name: qsgd, bits: 4}", "codecs.down=int8"],
     "coded_per_client": [*PLAIN, "codecs.up={name: qsgd, bits: 4}", "codecs.down=int8", "exchange=per_client"],
     "yogi_weighted": [*PLAIN, "server.optimizer=yogi", "sampler=weighted",
                       "fleet.tiers.0.dropout=0.4", "fleet.tiers.0.availability=0.6", "fleet.tiers.1.availability=0.6"],
     "adam_cosine_validation": [*PLAIN, "client={optimizer: adam, learning_rate: 0.01, batch_size: 16, epochs: 2, "
                                "clip_norm: 1.0, schedule: {name: cosine}}", "model.dropout=[0.2,0.5]",
-                               "server.optimizer=momentum", "data.validation_fraction=0.2", "metrics.split=validation",
+                               "server.optimizer=momentum", "data.validation_fraction=0.2",
+                               "sampler={name: tifl, tiers: 2, interval: 2}", "metrics.split=validation",
                                "metrics.every=2"],
     # What oneDNN maps for this model's kernels is more than a budget leaves beside the tensors, and every rank meets them anew.
     "kernels": [FEDAVG, "rounds=1", "cohort=2", "strategy=exclusivefl", "model={name: densenet40}",
@@ -67,7 +68,7 @@ def assert_same(folder, other):
 def reference(tmp_path_factory):
     """Each variant on one rank; ``"fedavg"`` is the plain config."""
     folder = tmp_path_factory.mktemp("one_rank")
-    no_feedback = [*PLAIN, "codecs.up={name: top_k, density: 0.05, values: int8}"]
+    no_feedback = [*PLAIN, "sampler=oort", "codecs.up={name: top_k, density: 0.05, values: int8}"]
     runs = {"fedavg": PLAIN, "seed": [FEDAVG, "seed=4"], "no_feedback": no_feedback, **VARIANTS}
     run_several([[*arguments, "--out", folder / name] for name, arguments in runs.items()], folder, ranks=1)
     return folder
@@ -94,6 +95,9 @@ def test_the_reference_shows_what_it_should(reference):
     assert summary(reference / "kernels")["clients"]["completed"] == 2  # all fit, also the first of a rank
     assert summary(reference / "yogi_weighted")["reasons"].keys() >= {"dropout"}
     assert summary(reference / "yogi_weighted")["clients"]["unavailable"] > 0
+    oort, tifl = summary(reference / "feedback"), summary(reference / "adam_cosine_validation")
+    assert (oort["clients"]["selected"], oort["reasons"]["late"]) == (3 * 5, 3)  # 1.1 × 4, rounded up, are drawn
+    assert tifl["clients"]["selected"] == 3 * 4
 
 
 def test_the_planner_and_the_kernel_agree(reference):

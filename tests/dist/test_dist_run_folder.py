@@ -16,8 +16,9 @@ from dfed.models import build_chain
 
 ROUND_FIELDS = {"kind", "round", "train_loss", "clients", "bytes", "sim_time_s", "energy_j", "time_s", "accuracy", "loss",
                 "evaluation_s"}
-CLIENT_FIELDS = {"kind", "round", "client", "tier", "rank", "status", "reason", "loss", "num_steps", "num_visits", "peak_bytes",
-                 "time_s", "num_samples", "budget_bytes", "predicted_bytes", "bytes_up", "bytes_down", "bytes_header", "sim_time_s", "energy_j"}
+CLIENT_FIELDS = {"kind", "round", "client", "tier", "rank", "status", "reason", "loss", "loss_rms", "num_steps", "num_visits",
+                 "peak_bytes", "time_s", "num_samples", "budget_bytes", "predicted_bytes", "bytes_up", "bytes_down",
+                 "bytes_header", "sim_time_s", "energy_j"}
 COUNTS = {"selected", "completed", "oom", "failed", "ineligible", "unavailable"}
 
 
@@ -94,7 +95,8 @@ def test_one_line_a_client_and_one_a_round(folder, clients, rounds):
         assert row["status"] in ("completed", "oom")
         assert row["reason"] == (None if done else "oom")
         assert row["tier"] == ("strong" if done else "weak")  # whose memory does not hold the full training
-        assert (row["loss"] is not None) == done
+        assert (row["loss"] is not None) == (row["loss_rms"] is not None) == done
+        assert not done or row["loss_rms"] >= row["loss"] * (1 - 1e-6)  # a root of a mean square; sums are of float32
         assert row["num_steps"] == (-(-row["num_samples"] // config.client.batch_size) if done else 0)
         assert row["num_visits"] == (row["num_samples"] if done else 0)
         assert (row["bytes_up"] > 0) == done

@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[2]
 def test_the_parts_of_ones_own_work_together(tmp_path):
     page = (ROOT / "docs" / "own_parts.md").read_text(encoding="utf-8")
     files = dict(re.findall(r"^`(\w+\.\w+)`:\n\n```\w+\n(.*?)^```$", page, re.MULTILINE | re.DOTALL))
-    assert files.keys() == {"own_model.py", "own_data.py", "own_rest.py", "own.yaml"}
+    assert files.keys() == {"own_model.py", "own_data.py", "own_rest.py", "own_turns.py", "own.yaml"}
     for name, text in files.items():
         (tmp_path / name).write_text(text, encoding="utf-8")
     command = [

@@ -96,6 +96,23 @@ def test_run_plan_is_the_plain_loop(name):
         torch.testing.assert_close(update[key], value, rtol=1e-4, atol=2e-5)
 
 
+def test_the_squares_are_of_the_mini_batches_losses():
+    small, phases = Small(), (Phase(batch_size=8, epochs=2), Phase(batch_size=5, steps=3))
+    losses = []
+
+    class Notes(type(small.strategy)):
+        def loss(self, model, x, y, phase):
+            value = super().loss(model, x, y, phase)
+            losses.append((len(y), value.item()))
+            return value
+
+    small.strategy.__class__ = Notes
+    result, _ = train(small, ClientSettings(learning_rate=0.05), phases)
+    assert len(losses) == 9
+    # Nine squares of order 1, summed in float32 instead of float64.
+    assert float(result.loss_square_sum) == pytest.approx(sum(size * value**2 for size, value in losses), rel=1e-6)
+
+
 def test_clipping_holds_the_norm_and_the_factor_scales_the_rate():
     small = Small()
     one = (Phase(batch_size=20, steps=1),)

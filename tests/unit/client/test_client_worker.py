@@ -123,6 +123,7 @@ def test_sums_and_reports_are_those_of_the_clients(setting):
         assert report["num_visits"] == SIZES[client]
         assert report["num_steps"] == -(-SIZES[client] // 8)
         assert report["loss"] == float(result.loss_sum) / SIZES[client]
+        assert report["loss_rms"] == math.sqrt(float(result.loss_square_sum) / SIZES[client])
         assert report["bytes_down"] == form.down_bytes(2, client)
         assert report["bytes_up"] == form.up_bytes(2, client)
         assert report["time_s"] > 0
@@ -242,7 +243,7 @@ def test_a_mini_batch_too_small_for_batch_norm_is_explained():
 def test_a_client_that_diverged_reports_no_loss():
     reports, _, _ = Setting(learning_rate=1e30).work([Setting().task(0)])
     assert reports[0]["reason"] == "non_finite"
-    assert reports[0]["loss"] is None  # JSON has no NaN
+    assert reports[0]["loss"] is reports[0]["loss_rms"] is None  # JSON has no NaN
 
 
 def test_an_abandoned_job_ends_the_work():

@@ -28,6 +28,7 @@ def test_tiers_have_their_exact_sizes_and_share_one_profile():
     assert [fleet.tier_size(name) for name in fleet.tier_names] == [301, 501, 201]
     assert np.bincount(of).tolist() == [301, 501, 201]
     np.testing.assert_array_equal(fleet.tier_of(everyone[:1002].reshape(2, 501)), of[:1002].reshape(2, 501))
+    np.testing.assert_array_equal(fleet.kinds(), of)
     for index, name in enumerate(fleet.tier_names):
         members = fleet.tier_clients(name, None)
         np.testing.assert_array_equal(members, np.flatnonzero(of == index))
@@ -150,6 +151,10 @@ def test_a_fleet_from_a_file(tmp_path):
     assert (fleet.tier_size("phone"), fleet.tier_size("board")) == (2, 1)
     assert fleet.tier_clients("phone", None).tolist() == [0, 2]
     assert fleet.tier_clients("phone", 1).tolist() == [0]
+    mixed = read(tmp_path, "tier,flops,memory\na,1e9,64MB\na,1e9,\na,1e9,64MB\nb,1e9,64MB\na,1e9,64000001\n")
+    kinds = mixed.kinds().tolist()
+    assert kinds[0] == kinds[2]
+    assert len(set(kinds)) == 4  # equal numbers for equal devices, and for no others
     assert read(tmp_path, "flops\n1e9\n2e9\n").tier_names == ("all",)
     assert read(tmp_path, 'flops\n1e9\n""\n').num_clients == 2  # a client with the defaults
 
