@@ -45,6 +45,7 @@ class Planning:
         problem = Problem(
             chain=chain, splitting=Splitting.by_unit(chain.unit_names), phases=config.client.phases, num_clients=num_clients,
             seed=config.seed, budgets=budgets, fits=lambda plan, budget: self.costs.fits(plan, budget),
+            budget_bytes=lambda plan: self.costs.budget_bytes(plan),
         )
         if not any(True for _ in chain.parameters()):
             message = f"must name a model with parameters to train, but '{config.model.name}' has none."

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,7 +14,12 @@ from torch import Tensor
 
 __all__ = ["WHOLE", "Index", "Region", "Segments", "Slices", "Whole", "region_of"]
 
-_MOST_BOXES = 64
+_FEW_BOXES, _MOST_BOXES = 9, 64  # nine: three segments of queries, keys and values by as many heads
+_SMALL_BOX = 4096  # entries; many smaller ones take longer than an index
+_CACHED = 32_768  # places and values of so many entries stay in a core's second-level cache
+
+
+Step = tuple[tuple[slice, ...], Callable[[Tensor], object]]
 
 
 class Region:
@@ -35,6 +41,26 @@ class Region:
         """Set these entries of ``target`` to ``value`` (of the region's shape), in place."""
         raise AssertionError("abstract")
 
+    def steps(self, target: Tensor, most: int) -> Iterator[Step]:
+        """The additions that make up :meth:`add_`, each of at most ``most`` entries (or one row).
+
+        Yields:
+            Which entries of the region's value, and a function that adds them to ``target``.
+        """
+        raise AssertionError("abstract")
+
+
+def _row_steps(onto: Tensor, inner: tuple[slice, ...], most: int) -> Iterator[Step]:
+    """Some rows at a time of ``onto``, a view of the target that belongs to the entries ``inner`` of the value."""
+    if onto.ndim == 0 or onto.numel() <= most:
+        yield inner, onto.add_
+        return
+    count = max(1, most * len(onto) // onto.numel())
+    first = inner[0].start if inner else 0
+    for start in range(0, len(onto), count):
+        stop = min(start + count, len(onto))
+        yield (slice(first + start, first + stop), *inner[1:]), onto[start:stop].add_
+
 
 @dataclass(frozen=True)
 class Whole(Region):
@@ -51,6 +77,9 @@ class Whole(Region):
 
     def put_(self, target: Tensor, value: Tensor) -> None:
         target.copy_(value)
+
+    def steps(self, target: Tensor, most: int) -> Iterator[Step]:
+        yield from _row_steps(target, (), most)
 
 
 WHOLE = Whole()
@@ -78,6 +107,9 @@ class Slices(Region):
 
     def put_(self, target: Tensor, value: Tensor) -> None:
         self.view(target).copy_(value)
+
+    def steps(self, target: Tensor, most: int) -> Iterator[Step]:
+        yield from _row_steps(self.view(target), (), most)
 
 
 @dataclass(frozen=True)
@@ -108,7 +140,11 @@ class Segments(Region):
             sizes.append(sum(stop - start for start, stop in runs))
         return (*sizes, *full[len(self.runs):])
 
-    def boxes(self) -> Iterator[tuple[tuple[slice, ...], tuple[slice, ...]]]:
+    def steps(self, target: Tensor, most: int) -> Iterator[Step]:
+        for outer, inner in self._boxes():
+            yield from _row_steps(target[outer], inner, most)
+
+    def _boxes(self) -> Iterator[tuple[tuple[slice, ...], tuple[slice, ...]]]:
         """Each box: where it lies in the tensor, and where in the region."""
         axes = []
         for runs in self.runs:
@@ -121,11 +157,11 @@ class Segments(Region):
             yield tuple(outer for outer, _ in box), tuple(inner for _, inner in box)
 
     def add_(self, target: Tensor, value: Tensor | float) -> None:
-        for outer, inner in self.boxes():
+        for outer, inner in self._boxes():
             target[outer].add_(value[inner] if isinstance(value, Tensor) else value)
 
     def put_(self, target: Tensor, value: Tensor) -> None:
-        for outer, inner in self.boxes():
+        for outer, inner in self._boxes():
             target[outer].copy_(value[inner])
 
 
@@ -164,17 +200,46 @@ class Index(Region):
         return (*sizes, *full[len(self.indices):])
 
     def add_(self, target: Tensor, value: Tensor | float) -> None:
-        grid = self._grid(target)
-        target[grid] = target[grid] + value
+        for entries, add in self.steps(target, _CACHED):
+            add(value[entries] if isinstance(value, Tensor) else target.new_tensor(value))
+
+    def steps(self, target: Tensor, most: int) -> Iterator[Step]:
+        if not self.indices:
+            yield (), target.add_
+            return
+        if not target.is_contiguous():
+            grid = self._grid(target)
+            yield (), lambda value: target.index_put_(grid, target[grid] + value)
+            return
+        axes = [axis.reshape(-1) for axis in self._grid(target)]
+        trailing = math.prod(target.shape[len(axes):])
+        rows, inner = target.view(-1, trailing), torch.zeros(1, dtype=torch.int64, device=target.device)
+        strides = [stride // trailing for stride in target.stride()[:len(axes)]]
+        for axis, stride in zip(axes[1:], strides[1:], strict=True):
+            inner = (inner[:, None] + axis * stride).reshape(-1)
+        count = max(1, most // (len(inner) * trailing))
+        for start in range(0, len(axes[0]), count):
+            places = (axes[0][start:start + count, None] * strides[0] + inner).reshape(-1)
+            yield (slice(start, start + count),), functools.partial(_add_rows, rows, places)
 
     def put_(self, target: Tensor, value: Tensor) -> None:
         target[self._grid(target)] = value
 
 
+def _add_rows(rows: Tensor, places: Tensor, value: Tensor) -> None:
+    """Add ``value`` (as many entries as these rows have, or one) to distinct rows."""
+    shape = (len(places), rows.shape[1])
+    value = value.reshape(shape) if value.numel() == math.prod(shape) else value.expand(shape)
+    if rows.shape[1] == 1:
+        rows.view(-1).scatter_add_(0, places, value.reshape(-1))  # three times as fast as index_add_
+    else:
+        rows.index_put_((places,), value, accumulate=True)
+
+
 def region_of(axes: Sequence[np.ndarray | None], shape: Sequence[int]) -> Region:
     """The cheapest region that holds ``axes[d]`` (ascending, distinct; None: all) along each leading dimension.
 
-    Whole where it can be, else a box, else a few boxes, else an index.
+    Whole where it can be, else a box, else boxes if they are few or large, else an index.
     """
     runs = [((0, size),) if axis is None else _runs(axis) for axis, size in zip(axes, shape, strict=False)]
     while runs and runs[-1] == ((0, shape[len(runs) - 1]),):
@@ -184,8 +249,10 @@ def region_of(axes: Sequence[np.ndarray | None], shape: Sequence[int]) -> Region
     num_boxes = math.prod(len(parts) for parts in runs)
     if num_boxes == 1:
         return Slices(tuple(parts[0] for parts in runs))
-    if num_boxes <= _MOST_BOXES:
-        return Segments(tuple(runs))
+    some = Segments(tuple(runs))
+    num_entries = math.prod(some.shape(shape))
+    if num_boxes <= max(_FEW_BOXES, min(_MOST_BOXES, num_entries // _SMALL_BOX)):
+        return some
     return Index(tuple(None if axis is None else tuple(axis.tolist()) for axis in axes[:len(runs)]))
 
 

@@ -9,18 +9,18 @@ all heads and some dimensions of each, the same ones of queries, keys and values
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from torch import Tensor, nn
 
-from dfed.blocks.width_rules import Narrowing, Picker, all_of
+from dfed.blocks.width_rules import Kept, Narrowing, Picker, all_of
 from dfed.errors import ConfigError
 from dfed.models import Chain
 from dfed.region import Region, region_of
 
-__all__ = ["SubModel", "narrow", "prefix", "random_channels", "scale_activations", "why_not_narrow", "window"]
+__all__ = ["SubModel", "inside", "narrow", "prefix", "random_channels", "scale_activations", "why_not_narrow", "window"]
 
 
 @dataclass(frozen=True)
@@ -30,10 +30,12 @@ class SubModel:
     Attributes:
         chain: On the meta device; its tensors bear the names that they have in the full chain.
         regions: The part of each of the full chain's tensors that it holds, by name; floating-point tensors only.
+        axes: What is kept along each leading dimension (ascending; None: all) of the tensors that it holds a part of.
     """
 
     chain: Chain
     regions: dict[str, Region]
+    axes: Mapping[str, Sequence[np.ndarray | None]]
 
 
 def prefix(name: str, size: int, count: int) -> np.ndarray:
@@ -57,7 +59,7 @@ def random_channels(draw: Callable[[str], np.random.Generator]) -> Picker:
     return pick
 
 
-def narrow(chain: Chain, rate: float, pick: Picker = prefix) -> SubModel:
+def narrow(chain: Chain, rate: float, pick: Picker = prefix, *, classes: np.ndarray | None = None) -> SubModel:
     """The sub-model of ``chain`` that keeps ⌈rate · n⌉ of the n channels of every group.
 
     Args:
@@ -65,6 +67,7 @@ def narrow(chain: Chain, rate: float, pick: Picker = prefix) -> SubModel:
         rate: In (0, 1]. At 1 the sub-model is the full model.
         pick: Which channels of a group: from its name (the path of the layer that puts it out), its size and the number to
             keep to that many indices, ascending, distinct, ``int64``.
+        classes: Classes that the sub-model has scores for, ascending; None: all.
 
     Raises:
         ConfigError: If a layer is not one of those whose channels are known; names it, and says why.
@@ -74,14 +77,29 @@ def narrow(chain: Chain, rate: float, pick: Picker = prefix) -> SubModel:
     copy._shapes = None
     narrowing = Narrowing(rate, pick, heads=_heads(copy))
     kept = all_of(chain.input_shape[0])
+    scores = all_of(chain.num_classes) if classes is None else Kept(classes, chain.num_classes)
+    copy.num_classes = len(scores)
     for name in copy.unit_names:
-        target = all_of(chain.num_classes) if name == copy.unit_names[-1] else None
+        target = scores if name == copy.unit_names[-1] else None
         kept = narrowing.layer(copy.unit(name), name, kept, target)
     regions = {
         name: region_of(narrowing.axes.get(name, ()), tensor.shape)
         for name, tensor in whole.items() if tensor.is_floating_point()
     }
-    return SubModel(copy, regions)
+    return SubModel(copy, regions, narrowing.axes)
+
+
+def inside(inner: SubModel, outer: SubModel) -> dict[str, Region]:
+    """Where the tensors of ``inner`` lie in those of ``outer``, a sub-model of the same chain that holds all of them."""
+    whole = {name: tensor.shape for name, tensor in outer.chain.state_dict().items()}
+    found = {}
+    for name in inner.regions:
+        axes = [
+            None if small is None else np.searchsorted(large, small)
+            for small, large in zip(inner.axes.get(name, ()), outer.axes.get(name, ()), strict=True)
+        ]
+        found[name] = region_of(axes, whole[name])
+    return found
 
 
 def why_not_narrow(chain: Chain) -> str | None:

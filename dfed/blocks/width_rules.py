@@ -43,7 +43,7 @@ def all_of(size: int) -> Kept:
 
 
 class SelectShortcut(nn.Module):
-    """:class:`PadShortcut` between channels that do not start with the same ones.
+    """:class:`PadShortcut` between channels that do not start with the same ones; takes no more memory than that.
 
     Args:
         sources: For each channel that it puts out, its place among the inputs; −1: zero.
@@ -51,12 +51,20 @@ class SelectShortcut(nn.Module):
 
     def __init__(self, sources: list[int]):
         super().__init__()
-        self._sources = sources
+        self._runs: list[tuple[int, int]] = []  # first source (−1: zero) and number of channels
+        for place, source in enumerate(sources):
+            before = sources[place - 1] if place else None
+            if before is not None and (source == before + 1 if source >= 0 and before >= 0 else source == before):
+                self._runs[-1] = (self._runs[-1][0], self._runs[-1][1] + 1)
+            else:
+                self._runs.append((source, 1))
 
     def forward(self, x: Tensor) -> Tensor:
-        x = nn.functional.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, 0, 1))  # the last channel is the zero
-        last = x.shape[1] - 1
-        return x[:, [last if source < 0 else source for source in self._sources]]
+        x = x[:, :, ::2, ::2]
+        zero = x.new_zeros(1)
+        return torch.cat([
+            x[:, first:first + count] if first >= 0 else zero.expand(len(x), count, *x.shape[2:]) for first, count in self._runs
+        ], dim=1)
 
 
 class Narrowing:
@@ -134,6 +142,12 @@ def _same(walk: Narrowing, module: Any, path: str, kept: Kept, target: Kept | No
     return kept
 
 
+def _flatten(walk: Narrowing, module: Any, path: str, kept: Kept, target: Kept | None) -> Kept:
+    if (module.start_dim, module.end_dim) != (1, -1):
+        raise _refused(path, "it flattens other dimensions than channels and pixels")
+    return kept
+
+
 def _sequential(walk: Narrowing, module: Any, path: str, kept: Kept, target: Kept | None) -> Kept:
     children = list(module.named_children())
     makers = [number for number, (_, child) in enumerate(children) if _makes_channels(child)]
@@ -191,6 +205,8 @@ def _batch_norm(walk: Narrowing, module: Any, path: str, kept: Kept, target: Kep
 
 def _group_norm(walk: Narrowing, module: Any, path: str, kept: Kept, target: Kept | None) -> Kept:
     """As many groups as :func:`num_groups` gives the channels that are left, but no more than there were."""
+    if module.num_channels != kept.size:
+        raise _refused(path, f"it works on {module.num_channels} features, not on the {kept.size} channels alone")
     if len(kept) != kept.size:
         most = min(module.num_groups, num_groups(len(kept)))
         module.num_groups = next(groups for groups in range(most, 0, -1) if len(kept) % groups == 0)
@@ -213,8 +229,10 @@ def _residual(walk: Narrowing, module: Any, path: str, kept: Kept, target: Kept 
     """torchvision's BasicBlock and Bottleneck: the body and the shortcut end in the same channels."""
     names = [name for name in ("conv1", "conv2", "conv3") if hasattr(module, name)]
     last = getattr(module, names[-1]).out_channels
-    if target is None:
-        target = kept if module.downsample is None else walk.group(f"{path}.{names[-1]}", last)
+    if module.downsample is None:
+        target = kept
+    elif target is None:
+        target = walk.group(f"{path}.{names[-1]}", last)
     here = kept
     for name in names:
         here = walk.layer(getattr(module, name), f"{path}.{name}", here, target if name == names[-1] else None)
@@ -269,7 +287,7 @@ def _attention(walk: Narrowing, module: nn.MultiheadAttention, path: str, kept: 
     of_head, size = len(kept) // heads, width // heads
     if of_head == size:
         return
-    some = walk.group(path, size).indices
+    some = walk.group(path, size, walk.heads // heads).indices
     inside = (np.arange(heads)[:, None] * size + some).reshape(-1)
     rows = (np.arange(3)[:, None] * width + inside).reshape(-1)
     walk.cut(module, path, "in_proj_weight", rows, kept.indices)
@@ -297,7 +315,7 @@ _RULES: dict[str, _Rule] = {
         "MaxPool2d", "AvgPool2d", "AdaptiveAvgPool2d", "AdaptiveMaxPool2d",
     )},
     **{f"dfed.models.layers.{name}": _same for name in ("Dropout", "ChannelDropout", "StochasticDepth")},
-    "torch.nn.modules.flatten.Flatten": _same,
+    "torch.nn.modules.flatten.Flatten": _flatten,
     "torch.nn.modules.linear.Identity": _same,
     "torch.nn.modules.container.Sequential": _sequential,
     "torchvision.ops.misc.Conv2dNormActivation": _sequential,

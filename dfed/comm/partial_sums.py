@@ -216,7 +216,7 @@ class PartialSums:
                 self._add_flat(target.view(-1), [(value.view(-1), weight) for value, _, weight in parts], offset)
                 continue
             for value, region, weight in parts:
-                region.add_(self._views[name], _rounded(value.to(torch.float64), weight, offset))
+                self._add_part(self._views[name], value, region, weight, offset)
 
     def _begin(self, name: str, limit: float) -> None:
         """Bring the sums of a tensor to where additions are exact."""
@@ -228,6 +228,14 @@ class PartialSums:
             self._views[name].fill_(offset)
         else:
             self._views[name].add_(offset)
+
+    def _add_part(self, sums: Tensor, value: Tensor, region: Region, weight: float, offset: float) -> None:
+        """Add the values of a part of a tensor, as many at a time as stay in the cache."""
+        for entries, add in region.steps(sums, self._chunk):
+            some = value[entries]
+            fits = some.numel() <= self._chunk
+            scratch = self._scratch[:some.numel()] if fits else torch.empty(some.numel(), dtype=torch.float64)
+            add(_rounded(scratch.view(some.shape).copy_(some), weight, offset))
 
     def _add_flat(self, sums: Tensor, parts: Sequence[tuple[Tensor, float]], offset: float) -> None:
         """Add flat values with their weights, chunk by chunk, so that the sums come into the cache once for all of them."""

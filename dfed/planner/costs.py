@@ -57,7 +57,11 @@ class Costs:
         self._input_shape = chain.input_shape
         problem = strategy.problem
         # Strategies that differ in whom they ask only, such as fedavg and exclusivefl, share their predictions.
-        own = [] if _trains_plainly(strategy) else [describe(chain, strategy), identity, problem.num_clients, problem.seed]
+        own = [] if _trains_plainly(strategy) else strategy.training_key()
+        if own is None:
+            own = [identity, problem.num_clients, problem.seed]
+        if own:
+            own = [describe(chain, strategy), *own]
         self._depends = [describe(chain), _what_counts(settings), own]
         self._lines: dict[str, PeakLine | None] = {}
         self._peaks: dict[str, int] = {}

@@ -65,6 +65,10 @@ def _fits_all(plan: Plan, budget_bytes: int | None) -> bool:
     return True
 
 
+def _nothing_needed(plan: Plan) -> int:
+    return 0
+
+
 @dataclass(frozen=True)
 class Problem:
     """What a strategy works on. The same on every rank.
@@ -77,6 +81,7 @@ class Problem:
         seed: The run's seed.
         budgets: The different budgets of the fleet in bytes, ascending, None (no limit) last, and how many clients have each.
         fits: Whether a plan of this strategy is sure to fit a budget in bytes (None: no limit), whoever has it.
+        budget_bytes: The smallest budget that is sure to do for a plan of this strategy.
     """
 
     chain: Chain
@@ -86,6 +91,7 @@ class Problem:
     seed: int
     budgets: tuple[tuple[int | None, int], ...] = ()
     fits: Callable[[Plan, int | None], bool] = _fits_all
+    budget_bytes: Callable[[Plan], int] = _nothing_needed
 
 
 class Strategy(ABC):
@@ -165,8 +171,19 @@ class Strategy(ABC):
         return value if self.splitting.block_of(name) in plan.train else None
 
     def advance(self, old: ServerState, new: ServerState, metrics: Mapping[str, Any]) -> ServerState:
-        """The state with which the next round starts. ``new`` holds the aggregated model; its round index is set."""
+        """The state with which the next round starts. ``new`` holds the aggregated model; its round index is set.
+
+        Args:
+            metrics: The round's line, and ``senders``: of each block that came up, how many clients sent it.
+        """
         return new
+
+    def training_key(self) -> list[Any] | None:
+        """JSON values on which, together with the plan, the memory and arithmetic of a client's training depend.
+
+        Strategies with the same key share predictions. None: on the strategy's name and options, the fleet's size, the seed.
+        """
+        return None
 
     def num_draws(self, plan: Plan) -> int:
         """Of how many equally likely courses each training step takes one, which ``model.draw(n)`` draws in :meth:`loss`.

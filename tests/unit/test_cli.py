@@ -12,7 +12,7 @@ import pytest
 
 from dfed import __version__
 from dfed.cli import main
-from dfed.registry import ALL
+from dfed.registry import ALL, STRATEGIES
 
 SMOKE = str(Path(__file__).parents[2] / "configs" / "smoke" / "fedavg.yaml")
 
@@ -90,7 +90,7 @@ def test_a_wrong_command_line(arguments, message, capsys):
         (["run", SMOKE, "rounds=0", "clients=3", "--out", "x"],
          "2 faults in the config:\n  `clients` is not a setting; known here: "),
         (["run", "strategy=nope", SMOKE, "--out", "x"],
-         "`strategy` must be one of exclusivefl, fedavg, fedprox, but is 'nope'."),
+         f"`strategy` must be one of {', '.join(STRATEGIES)}, but is 'nope'."),
         (["run", SMOKE, "--out", ""], "`--out` must name a folder, but is ''."),
         (["run", SMOKE, "--out="], "`--out` must name a folder, but is ''."),
         (["run", "--resume", " "], "`--resume` must name a folder, but is ' '."),

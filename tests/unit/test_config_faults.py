@@ -13,6 +13,7 @@ import pytest
 from dfed import choices as choices_module
 from dfed.config import load_config
 from dfed.errors import ConfigError
+from dfed.registry import STRATEGIES
 
 SMALL = {
     "rounds": 2,
@@ -83,7 +84,7 @@ def test_all_faults_are_reported_together():
 
 
 KNOWN_AT_THE_TOP = (
-    "known here: backend, checkpoint, client, codecs, cohort, data, exchange, fleet, memory, metrics, model, rounds, sampler, "
+    "known here: backend, checkpoint, client, codecs, cohort, compare, data, exchange, fleet, memory, metrics, model, rounds, sampler, "
     "seed, server, strategy."
 )
 ONE_FAULT = [
@@ -118,14 +119,14 @@ ONE_FAULT = [
      "`codecs.error_feedback` must be false unless `codecs.up` is one of int4, int8, int8_affine, qsgd, random_k, top_k, but "
      "is true with 'random_k', which is unbiased, so that errors would grow."),
     # Things chosen by name.
-    ("strategy=fedavgg", "`strategy` must be one of exclusivefl, fedavg, fedprox, but is 'fedavgg'. Did you mean 'fedavg'?"),
+    ("strategy=fedavgg", f"`strategy` must be one of {', '.join(STRATEGIES)}, but is 'fedavgg'. Did you mean 'fedavg'?"),
     ("strategy={name: fedavgg, mu: 1}",
-     "`strategy.name` must be one of exclusivefl, fedavg, fedprox, but is 'fedavgg'. Did you mean 'fedavg'?"),
-    ("strategy=", "`strategy` must be one of exclusivefl, fedavg, fedprox, but is not given."),
+     f"`strategy.name` must be one of {', '.join(STRATEGIES)}, but is 'fedavgg'. Did you mean 'fedavg'?"),
+    ("strategy=", f"`strategy` must be one of {', '.join(STRATEGIES)}, but is not given."),
     ("strategy=[fedavg]", "`strategy` must be a name, or a group of settings with a `name`, but is ['fedavg']."),
     ("strategy={}", "`strategy` must be a name, or a group of settings with a `name`, but is {}."),
     ("strategy={name: }", "`strategy` must be a name, or a group of settings with a `name`, but is {'name': null}."),
-    ("strategy=off", "`strategy` must be one of exclusivefl, fedavg, fedprox, but is 'off'."),
+    ("strategy=off", f"`strategy` must be one of {', '.join(STRATEGIES)}, but is 'off'."),
     ("strategy=3", "`strategy` must be a name, or a group of settings with a `name`, but is 3."),
     ("strategy.mu=1", "`strategy.mu` is not a setting; there are none here."),
     ("strategy={name: fedprox, nu: 1}", "`strategy.nu` is not a setting; known here: mu."),
@@ -158,8 +159,9 @@ ONE_FAULT = [
     ("model.norm=bath", "`model.norm` must be one of none, batch, group, but is 'bath'. Did you mean 'batch'?"),
     ("model.num_classes=3",
      "`model.num_classes` is not a setting; known here: channels, dropout, hidden, kernel, norm, padding, pool."),
-    ("sampler=unform", "`sampler` must be one of uniform, weighted, but is 'unform'. Did you mean 'uniform'?"),
+    ("sampler=unform", "`sampler` must be one of oort, tifl, uniform, weighted, but is 'unform'. Did you mean 'uniform'?"),
     ("sampler={name: weighted, size: 3}", "`sampler.size` is not a setting; there are none here."),
+    ("sampler={name: tifl, tiers: 0}", "`sampler.tiers` must be at least 1, but is 0."),
     ("server.optimizer={learning_rate: 1}",
      "`server.optimizer` must be a name, or a group of settings with a `name`, but is {'learning_rate': 1}."),
     ("server.optimizer={name: adam, beta: 1}", "Did you mean 'beta2'?"),

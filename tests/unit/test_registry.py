@@ -34,10 +34,10 @@ def test_an_object_of_ones_own_is_imported_by_its_path():
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("fedavgg", "must be one of exclusivefl, fedavg, fedprox, but is 'fedavgg'. Did you mean 'fedavg'?"),
-        ("zzz", "must be one of exclusivefl, fedavg, fedprox, but is 'zzz'."),
+        ("fedavgg", f"must be one of {', '.join(STRATEGIES)}, but is 'fedavgg'. Did you mean 'fedavg'?"),
+        ("zzz", f"must be one of {', '.join(STRATEGIES)}, but is 'zzz'."),
         ("a\nb", "but is 'a\\nb'."),
-        ("", "must be one of exclusivefl, fedavg, fedprox, but is ''."),
+        ("", f"must be one of {', '.join(STRATEGIES)}, but is ''."),
         ("json:nope", "must name a strategy that can be imported, but 'json:nope' cannot: module 'json' has no attribute"),
         ("no_such_module:x", "must name a strategy that can be imported, but 'no_such_module:x' cannot: No module named"),
         ("json.nope:x", "cannot: No module named 'json.nope'."),
