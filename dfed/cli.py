@@ -1,7 +1,7 @@
-"""The command line: ``dfed run``, ``dfed plan`` and ``dfed list``.
+"""The command line: ``dfed run``, ``dfed plan``, ``dfed compare`` and ``dfed list``.
 
 Exit status: 0 done; 1 the run failed, or the output of a command cannot be written; 2 the config or the command line is
-wrong; 143 stopped by SIGTERM after a checkpoint.
+wrong; 143 stopped by SIGTERM after a checkpoint (``compare`` also 130, by SIGINT).
 """
 
 from __future__ import annotations
@@ -46,6 +46,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             from dfed.plan_command import plan_text
 
             return _to_output(plan_text(words, options))
+        if options.command == "compare":
+            from dfed.compare import compare
+
+            return compare(words, options)
         return _run(words, options)
     except (ConfigError, DataError) as error:
         if rank != 0:
@@ -79,6 +83,7 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--out", metavar="DIR", help="run folder (default: runs/NAME-DATE-TIME)")
     run.add_argument("--resume", metavar="DIR", help="go on with the run in this folder; its own config is the default")
     _add_plan(commands)
+    _add_compare(commands)
     commands.add_parser("list", help="strategies, models, data sets and codecs", description="List what a config can name.")
     return parser
 
@@ -101,6 +106,20 @@ def _add_plan(commands: Any) -> None:
     plan.add_argument("--units", action="store_true", help="also: the profile of every unit")
     plan.add_argument("--measure", action="store_true", help="also: measured seconds of every unit, on this machine")
     plan.add_argument("--json", action="store_true", help="one JSON object instead of tables")
+
+
+def _add_compare(commands: Any) -> None:
+    compare = commands.add_parser(
+        "compare", help="run strategies under the same fleet, data and seeds",
+        description="Run every strategy under every seed, skip what is finished, go on with what was interrupted, and report.",
+        usage="dfed compare CONFIG [key.sub=value …] [--strategies A,B] [--seeds N] [--ranks N] [--out DIR] [--report]",
+    )
+    compare.add_argument("config", nargs="?", help="a YAML file, as a rule with a group `compare`, then overrides")
+    compare.add_argument("--strategies", metavar="A,B", help="only these entries, or other strategies with their defaults")
+    compare.add_argument("--seeds", metavar="N", help="number of seeds, or the seeds themselves: 0,1,2")
+    compare.add_argument("--ranks", metavar="N", default="1", help="processes of each run (default: 1)")
+    compare.add_argument("--out", metavar="DIR", help="where everything goes (default: runs/NAME-compare)")
+    compare.add_argument("--report", action="store_true", help="run nothing: only make the tables of what is there")
 
 
 def _to_output(text: str) -> int:

@@ -21,6 +21,7 @@ from dfed.choices import Choice, CodecChoice, check, choose, options_of
 from dfed.client import ClientSettings, client_conflicts
 from dfed.comm import BackendSettings
 from dfed.comm.codecs import codec_of
+from dfed.compare_settings import check_compare
 from dfed.data import DATASET_GIVEN, PARTITIONER_GIVEN
 from dfed.errors import ConfigError, Fault
 from dfed.faults import shown, unknown_setting, unusable_numbers
@@ -126,7 +127,8 @@ class Config:
             device: Kind of device that clients train on, ``cpu`` or ``cuda``; part of the hash.
 
         Not part of it: where data lie, how ranks talk, what is measured and saved, how many failures end the run, and the
-        number of rounds, which may be extended unless the learning rate follows it.
+        number of rounds, which may be extended unless the learning rate follows it, or the sampler does (``tifl``, for which
+        evaluations count too).
         """
         value = self.to_dict()
         for name in ("backend", "metrics", "checkpoint", "exchange"):
@@ -136,7 +138,9 @@ class Config:
         del value["server"]["max_failed_fraction"]
         value["device"] = device
         value["threads"] = self.backend.threads  # sums inside kernels depend on how they are shared out
-        if self.client.schedule.name != "cosine":
+        if self.sampler.name == "tifl":  # counts its credits by the rounds, and goes by what evaluations say
+            value["evaluated"] = [self.metrics.every, self.metrics.split]
+        elif self.client.schedule.name != "cosine":
             del value["rounds"]
         if self.fleet.csv is not None:
             path = Path(self.fleet.csv)  # what it holds counts, not where it lies; a missing file is the fleet's to report
@@ -158,11 +162,13 @@ _CHOICES: dict[str, tuple[Registry, tuple[str, ...], str | None]] = {
     "sampler": (SAMPLERS, (), "uniform"),
 }
 _DIRECTIONS = ("down", "up")
-_TOP_LEVEL = sorted([*_GROUPS, *_CHOICES, *_Top.model_fields, "codecs", "data", "server"])
+_TOP_LEVEL = sorted([*_GROUPS, *_CHOICES, *_Top.model_fields, "codecs", "compare", "data", "server"])
 
 
 def load_config(path: str | Path | None, overrides: Sequence[str] = (), base: Mapping[str, Any] | None = None) -> Config:
     """The config in the YAML file ``path`` (or in ``base``), with ``key.sub=value`` overrides applied.
+
+    The group ``compare`` is for ``dfed compare``: it is checked in itself, and left out.
 
     Raises:
         ConfigError: With all faults there are.
@@ -185,6 +191,7 @@ def _validate(raw: Mapping[str, Any], faults: list[Fault]) -> Config:
         parts[name] = check(model, value, name, faults)
     for name, (registry, given, default) in _CHOICES.items():
         parts[name] = choose(raw.get(name, default), name, registry, given, faults)
+    check_compare(raw.get("compare", {}), faults)
     _data_parts(raw.get("data", {}), parts, faults)
     _server_parts(raw.get("server", {}), parts, faults)
     _codec_parts(raw.get("codecs", {}), parts, faults)

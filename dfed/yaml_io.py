@@ -11,7 +11,7 @@ import yaml
 from dfed.errors import ConfigError, Fault
 from dfed.faults import shown
 
-__all__ = ["apply_override", "dump_yaml", "read_yaml"]
+__all__ = ["apply_override", "dump_yaml", "read_yaml", "set_value"]
 
 _NUMBERS_AND_WORDS = {
     "bool": (r"true|True|TRUE|false|False|FALSE", "tTfF"),
@@ -157,22 +157,31 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
 
 
 def apply_override(raw: dict[str, Any], override: str, faults: list[Fault]) -> None:
-    """Set one ``key.sub=value``, making groups as needed; a name given as text becomes a group with that ``name``.
-
-    An entry of a list is ``key.0.sub`` or, as faults write it, ``key[0].sub``; it must be there already.
-    """
+    """Set one ``key.sub=value``; the value is YAML. See :func:`set_value`."""
     path, separator, text = override.partition("=")
-    *groups, last = re.sub(r"\[([0-9]+)\]", r".\1", path).split(".")
-    if not separator or not all((*groups, last)):
+    if not separator or not all(_keys(path)):
         faults.append(Fault(override, "must have the form key.sub=value."))
         return
-    if len(groups) >= _MAX_LEVELS:
-        faults.append(Fault(shown(path), f"must have at most {_MAX_LEVELS} parts, but has {len(groups) + 1}."))
+    if _is_too_deep(path, faults):
         return
     try:
         value = _parse(text)
     except yaml.YAMLError as error:
         faults.append(Fault(path, _complaint("a YAML value", shown(text), error)))
+        return
+    set_value(raw, path, value, faults)
+
+
+def set_value(raw: dict[str, Any], path: str, value: Any, faults: list[Fault]) -> None:
+    """Set ``key.sub``, making groups as needed; a name given as text becomes a group with that ``name``.
+
+    An entry of a list is ``key.0.sub`` or, as faults write it, ``key[0].sub``; it must be there already.
+    """
+    *groups, last = _keys(path)
+    if not all((*groups, last)):
+        faults.append(Fault(shown(path), "must have the form key.sub."))
+        return
+    if _is_too_deep(path, faults):
         return
     target: Any = raw
     for number, key in enumerate([*groups, last]):
@@ -187,6 +196,17 @@ def apply_override(raw: dict[str, Any], override: str, faults: list[Fault]) -> N
             faults.append(Fault(path, f"must lead through groups of settings, but {shown(key)} is none."))
             return
     target[int(last) if isinstance(target, list) else last] = value
+
+
+def _keys(path: str) -> list[str]:
+    return re.sub(r"\[([0-9]+)\]", r".\1", path).split(".")
+
+
+def _is_too_deep(path: str, faults: list[Fault]) -> bool:
+    parts = len(_keys(path))
+    if parts > _MAX_LEVELS:
+        faults.append(Fault(shown(path), f"must have at most {_MAX_LEVELS} parts, but has {parts}."))
+    return parts > _MAX_LEVELS
 
 
 def _entries(target: list[Any]) -> str:

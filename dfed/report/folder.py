@@ -20,10 +20,11 @@ from dfed.checkpoint import params_sha256
 from dfed.client import Evaluation
 from dfed.client.home import CLIENTS
 from dfed.cohort import Job
-from dfed.comm import Link
-from dfed.config import Config
+from dfed.comm import Link, choose_device
+from dfed.config import Choice, Config
 from dfed.errors import ConfigError, Fault
 from dfed.metrics import finite
+from dfed.planning import Planning
 from dfed.state import ServerState
 from dfed.yaml_io import dump_yaml
 
@@ -117,9 +118,15 @@ class RunFolder:
         })
 
     def write_summary(self, config: Config, job: Job, state: ServerState, evaluation: Evaluation | None,
-                      stopped: bool) -> dict[str, Any]:
-        """Write and return the run's summary."""
+                      variants: Mapping[str, Evaluation], stopped: bool) -> dict[str, Any]:
+        """Write and return the run's summary.
+
+        Args:
+            evaluation: Of the global model.
+            variants: Of the strategy's sub-models, by name.
+        """
         totals = state.totals
+        peak_bytes, needed_bytes = _full_training(config, job)
         summary = {
             "strategy": config.strategy.name,
             "model": config.model.name,
@@ -130,8 +137,12 @@ class RunFolder:
             "split": config.metrics.split,
             "accuracy": evaluation.accuracy if evaluation else None,
             "loss": evaluation.loss if evaluation else None,
+            "variants": {name: {"accuracy": found.accuracy, "loss": found.loss} for name, found in variants.items()},
             "params_sha256": params_sha256(state.params),
             "num_params": sum(value.numel() for name, value in state.params.items() if name not in job.buffers),
+            "num_samples": int(job.partition.sizes().sum()),
+            "full_peak_bytes": peak_bytes,
+            "full_needed_bytes": needed_bytes,
             "memory_enforce": config.memory.enforce,
             "clients": totals["clients"],
             "reasons": totals["reasons"],
@@ -148,6 +159,19 @@ class RunFolder:
         partial = self.path / f".{name}.partial"
         partial.write_text(json.dumps(finite(value), indent=2) + "\n", encoding="utf-8")
         partial.rename(self.path / name)
+
+
+def _full_training(config: Config, job: Job) -> tuple[int | None, int | None]:
+    """Of training the full model plainly, as configured: the predicted peak, and the smallest budget that is sure to do.
+
+    None where no prediction can be made, as for a model that only a strategy's own parts of it can train.
+    """
+    try:
+        full = Planning(config, job.strategy.problem.chain, Choice("fedavg", {}), num_clients=1,
+                        device=choose_device(config.backend))
+        return full.costs.peak_bytes(full.full_plan()), full.full_budget_bytes()
+    except ValueError:
+        return None, None
 
 
 def _tier(job: Job, name: str, totals: Mapping[str, Any], evaluation: Evaluation | None) -> dict[str, Any]:

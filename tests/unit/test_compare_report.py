@@ -51,7 +51,8 @@ def test_the_figures_of_a_run(results):
     first = results.of("fedavg")[0].values
     assert (first["accuracy"], first["accuracy_strong"], first["accuracy_we|ak"]) == (0.8, 0.8 + 0.1, 0.8 - 0.1)
     assert (first["participation_clients"], first["participation_data"]) == (2 / 4, 22 / 40)  # client 0 counts once
-    assert (first["peak_share"], first["oom"], first["difference"]) == (800 / 1000, 0, 0)
+    assert (first["peak_share"], first["peak_share_median"]) == (800 / 1000, 600 / 1000)
+    assert (first["oom"], first["difference"]) == (0, 0)
     assert (first["bytes_up"], first["bytes_down"], first["sim_time_s"], first["energy_j"]) == (300, 600, 6, 9)
     prox = results.of("fedprox")
     assert [run.values["difference"] for run in prox] == [0.81 - 0.8, 0.4 - 0.9]
@@ -99,12 +100,13 @@ def test_the_markdown(results):
     assert any(line.startswith("- dfed: ") and line.endswith("commit abc") for line in lines)
     head, _, *rows = [line for line in lines if line.startswith("| ") and line.count(" | ") > 6]
     assert head == ("| strategy | seeds | accuracy % | against fedavg | strong % | we\\|ak % | clients % | data % "
-                    "| peak % of need | up MiB | down MiB | to target s | to target J | out of memory |")
+                    "| median peak % of need | largest % of need | up MiB | down MiB | to target s | to target J "
+                    "| out of memory |")
     assert rows[0].startswith("| fedavg | 3 of 3 | 80.00 ± 10.00 | +0.00 ± 0.00 | 90.00 ± 10.00 | 70.00 ± 10.00 | 50.0 ± 0.0 "
-                              "| 55.0 ± 0.0 | 80.0 ± 0.0 | ")
+                              "| 55.0 ± 0.0 | 60.0 ± 0.0 | 80.0 ± 0.0 | ")
     assert rows[0].endswith(" | 5.00 ± 1.41 (2 of 3) | 7.50 ± 2.12 (2 of 3) | 1.0 ± 1.0 |")
     assert rows[1].startswith("| fedprox | 2 of 3 | 60.50 ± 28.99 | -24.50 ± 36.06 | ")
-    assert rows[2] == "| exclusivefl | 0 of 3 |" + " – |" * 12
+    assert rows[2] == "| exclusivefl | 0 of 3 |" + " – |" * 13
 
 
 def test_an_entry_whose_runs_all_failed_says_so(tmp_path):

@@ -1,0 +1,128 @@
+"""The group ``compare`` of a config: what ``dfed compare`` runs under the same fleet, data and seeds."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from dfed.errors import Fault
+from dfed.faults import shown, unknown_setting
+
+__all__ = ["DEFAULT_SEEDS", "CompareSettings", "EntrySettings", "check_compare"]
+
+DEFAULT_SEEDS = 3
+"""Number of seeds where the config names none."""
+
+_KEYS = ("reference", "seeds", "strategies", "target_accuracy")
+_LABEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,63}")
+_SAME_FOR_ALL = ("compare", "data", "fleet", "seed", "strategy")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EntrySettings:
+    """One thing to compare.
+
+    Attributes:
+        label: Unique; names its runs' folders.
+        strategy: As a config writes it: a group with ``name`` and options, which are not checked yet.
+        settings: Settings of its runs only, by dotted key.
+    """
+
+    label: str
+    strategy: Mapping[str, Any]
+    settings: Mapping[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompareSettings:
+    """The group ``compare``, valid in itself.
+
+    Attributes:
+        strategies: In the order of the tables; their labels differ.
+        seeds: A number of seeds, counted from the config's own, or the seeds themselves.
+        target_accuracy: What time and energy are counted to; None: a share of what the reference reaches.
+        reference: Label of the entry that the others are compared to; None: the first.
+    """
+
+    strategies: tuple[EntrySettings, ...] = ()
+    seeds: int | tuple[int, ...] = DEFAULT_SEEDS
+    target_accuracy: float | None = None
+    reference: str | None = None
+
+
+def check_compare(raw: Any, faults: list[Fault]) -> CompareSettings | None:
+    """The group as settings; None with the faults noted. The strategies' options and settings are not looked at."""
+    if not isinstance(raw, Mapping):
+        faults.append(Fault("compare", f"must be a group of settings, but is {shown(raw)}."))
+        return None
+    before = len(faults)
+    faults.extend(Fault(f"compare.{key}", unknown_setting(str(key), _KEYS)) for key in raw if key not in _KEYS)
+    entries = _entries(raw.get("strategies", []), faults)
+    seeds = _seeds(raw.get("seeds", DEFAULT_SEEDS), faults)
+    target, reference = raw.get("target_accuracy"), raw.get("reference")
+    if target is not None and (type(target) not in (int, float) or not 0 < target <= 1):
+        message = f"must be a number greater than 0 and at most 1, or null, but is {shown(target)}."
+        faults.append(Fault("compare.target_accuracy", message))
+    labels = [entry.label for entry in entries]
+    if reference is not None and (reference not in labels and (len(faults) == before or not isinstance(reference, str))):
+        wanted = f"one of the labels {', '.join(labels)}" if labels else "left out where no strategies are given"
+        faults.append(Fault("compare.reference", f"must be {wanted}, but is {shown(reference)}."))
+    if len(faults) > before:
+        return None
+    return CompareSettings(strategies=tuple(entries), seeds=seeds, target_accuracy=target, reference=reference)
+
+
+def _seeds(raw: Any, faults: list[Fault]) -> int | tuple[int, ...]:
+    if type(raw) is int and raw >= 1:
+        return raw
+    if isinstance(raw, list) and raw and all(type(seed) is int and seed >= 0 for seed in raw) and len(set(raw)) == len(raw):
+        return tuple(raw)
+    message = "must be a number of seeds of at least 1, or a list of different seeds of at least 0"
+    faults.append(Fault("compare.seeds", f"{message}, but is {shown(raw)}."))
+    return DEFAULT_SEEDS
+
+
+def _entries(raw: Any, faults: list[Fault]) -> list[EntrySettings]:
+    if not isinstance(raw, list) or not all(isinstance(part, (str, Mapping)) for part in raw):
+        faults.append(Fault("compare.strategies", f"must be a list of names and groups with a `name`, but is {shown(raw)}."))
+        return []
+    found = [_entry(part, f"compare.strategies[{number}]", faults) for number, part in enumerate(raw)]
+    entries = [entry for entry in found if entry is not None]
+    _check_labels([(f"compare.strategies[{number}]", entry) for number, entry in enumerate(found) if entry is not None], faults)
+    return entries
+
+
+def _entry(raw: Any, field: str, faults: list[Fault]) -> EntrySettings | None:
+    raw = {"name": raw} if isinstance(raw, str) else raw
+    name, settings = raw.get("name"), raw.get("settings", {})
+    if not isinstance(name, str) or not name:
+        faults.append(Fault(f"{field}.name", f"must name a strategy, but is {shown(name)}."))
+        return None
+    label = raw.get("label", name.rpartition(":")[2])
+    if not isinstance(label, str):
+        faults.append(Fault(f"{field}.label", f"must be text, but is {shown(label)}."))
+        return None
+    if not isinstance(settings, Mapping) or not all(isinstance(key, str) for key in settings):
+        faults.append(Fault(f"{field}.settings", f"must be a group of settings key.sub: value, but is {shown(settings)}."))
+        return None
+    for key in settings:
+        if re.split(r"[.\[]", key)[0] in _SAME_FOR_ALL:
+            message = f"must leave {', '.join(_SAME_FOR_ALL)} alone, which are the same for all, but sets {shown(key)}."
+            faults.append(Fault(f"{field}.settings", message))
+    strategy = {key: value for key, value in raw.items() if key not in ("label", "settings")}
+    return EntrySettings(label=label, strategy=strategy, settings=dict(settings))
+
+
+def _check_labels(entries: Sequence[tuple[str, EntrySettings]], faults: list[Fault]) -> None:
+    """Labels must differ, as folders do on every system, and be usable as folder names."""
+    taken: dict[str, str] = {}
+    for field, entry in entries:
+        if not _LABEL.fullmatch(entry.label):
+            message = "must be at most 64 of the characters A–Z a–z 0–9 . _ + -, the first a letter or digit"
+            faults.append(Fault(f"{field}.label", f"{message}, but is {shown(entry.label)}."))
+        elif entry.label.lower() in taken:
+            message = f"must differ from that of {taken[entry.label.lower()]}, but is {shown(entry.label)} too; give a `label`."
+            faults.append(Fault(f"{field}.label", message))
+        taken.setdefault(entry.label.lower(), field)

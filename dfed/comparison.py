@@ -1,0 +1,204 @@
+"""What ``dfed compare`` compares: every entry and seed with its whole config, and how far the run of each is."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from dfed.compare_settings import CompareSettings, EntrySettings, check_compare
+from dfed.config import Config, load_config
+from dfed.errors import ConfigError, Fault
+from dfed.faults import shown
+from dfed.yaml_io import apply_override, read_yaml, set_value
+
+__all__ = ["Comparison", "PlannedRun", "check_folder", "load_comparison", "progress_of"]
+
+_OWN = ("runs", "configs", "comparison", "comparison_mean")
+_LOGS = (".log", ".out", ".err")
+_ABSENT = object()
+
+Progress = Literal["new", "unfinished", "finished"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlannedRun:
+    """One run of a comparison: an entry under one seed."""
+
+    label: str
+    seed: int
+    config: Config
+
+    @property
+    def name(self) -> str:
+        """Of its folder, log and config."""
+        return f"{self.label}-s{self.seed}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """All that is compared.
+
+    Attributes:
+        labels: Of the entries, in the order of the tables.
+        runs: Seed by seed, so that what is there of an interrupted comparison can be compared.
+        target_accuracy: None: a share of what the reference reaches.
+        reference: Label of the entry that the others are compared to.
+    """
+
+    labels: tuple[str, ...]
+    seeds: tuple[int, ...]
+    runs: tuple[PlannedRun, ...]
+    target_accuracy: float | None
+    reference: str
+
+
+def load_comparison(path: str | Path, overrides: Sequence[str] = (), *, strategies: Sequence[str] | None = None,
+                    seeds: int | tuple[int, ...] | None = None) -> Comparison:
+    """The comparison that a config file describes; every run's config is loaded.
+
+    Args:
+        overrides: ``key.sub=value``, of the config that all share or of its group ``compare``.
+        strategies: Only the entries of these labels or strategies; names that are neither are strategies with their defaults.
+        seeds: Instead of the config's.
+
+    Raises:
+        ConfigError: With all faults there are, of the shared config, of the group, and of every entry.
+    """
+    raw, faults = read_yaml(path), list[Fault]()
+    for override in overrides:
+        apply_override(raw, override, faults)
+    compare = check_compare(raw.pop("compare", {}), faults)
+    shared = _faults_of(raw)
+    faults += shared
+    if compare is None:
+        raise ConfigError(faults)
+    entries = _chosen(compare, strategies)
+    if not entries:
+        faults.append(Fault("compare.strategies", "must be given, here or by --strategies, but is not."))
+    configs = {entry.label: _config(raw, entry, field, shared, faults) for field, entry in entries}
+    if faults:
+        raise ConfigError(faults)
+    labels = tuple(configs)
+    first = raw.get("seed", 0)
+    wanted = compare.seeds if seeds is None else seeds
+    numbers = tuple(range(first, first + wanted)) if isinstance(wanted, int) else wanted
+    runs = [PlannedRun(label=label, seed=seed, config=replace(config, seed=seed))
+            for seed in numbers for label, config in configs.items() if config is not None]
+    return Comparison(
+        labels=labels, seeds=numbers, runs=tuple(runs), target_accuracy=compare.target_accuracy,
+        reference=compare.reference if compare.reference in labels else labels[0],
+    )
+
+
+def _faults_of(raw: Mapping[str, Any]) -> list[Fault]:
+    try:
+        load_config(None, base=raw)
+    except ConfigError as error:
+        return list(error.faults)
+    return []
+
+
+def _chosen(compare: CompareSettings, names: Sequence[str] | None) -> list[tuple[str, EntrySettings]]:
+    """The entries to compare, each with the field that faults of it are said of."""
+    own = [(f"compare.strategies[{number}]", entry) for number, entry in enumerate(compare.strategies)]
+    if names is None:
+        return own
+    found: list[tuple[str, EntrySettings]] = []
+    for name in names:
+        matching = ([pair for pair in own if pair[1].label == name]
+                    or [pair for pair in own if pair[1].strategy["name"] == name])
+        entry = EntrySettings(label=name.rpartition(":")[2], strategy={"name": name}, settings={})
+        found += [pair for pair in matching or [("--strategies", entry)] if pair not in found]
+    return found
+
+
+def _config(raw: Mapping[str, Any], entry: EntrySettings, field: str, shared: Sequence[Fault],
+            faults: list[Fault]) -> Config | None:
+    """The whole config of an entry; None with those of its faults noted that the shared config does not have itself."""
+    own: dict[str, Any] = {**copy.deepcopy(dict(raw)), "strategy": dict(entry.strategy)}
+    found: list[Fault] = []
+    for key, value in entry.settings.items():
+        set_value(own, key, copy.deepcopy(value), found)
+    try:
+        config = load_config(None, base=own)
+    except ConfigError as error:
+        found += [fault for fault in error.faults if fault not in shared]
+    faults += [_of_entry(fault, field) for fault in found]
+    return None if found or shared else config
+
+
+def _of_entry(fault: Fault, field: str) -> Fault:
+    name, _, rest = fault.field.partition(".")
+    if name == "strategy":
+        return Fault(f"{field}.{rest}" if rest and not field.startswith("--") else field, fault.message)
+    return Fault(f"{field}.settings", f"must fit the rest of the config, but with them {fault}")
+
+
+def check_folder(folder: Path, comparison: Comparison) -> None:
+    """Refuse a folder that is not a comparison's, or whose runs had other settings than they would have now.
+
+    Raises:
+        ConfigError: If it is; names the first setting that differs, and its two values.
+    """
+    try:
+        found = sorted(folder.iterdir()) if folder.exists() else []
+    except OSError as error:
+        message = f"must be a folder that can be read, but {folder} is not: {error.strerror}."
+        raise ConfigError([Fault("--out", message)]) from error
+    foreign = [path.name for path in found
+               if not (path.name.split(".")[0] in (*_OWN, "") or path.suffix in _LOGS)]
+    if foreign:
+        message = f"must be a new folder, or one of an earlier comparison, but {folder} holds {foreign[0]!r}."
+        raise ConfigError([Fault("--out", message)])
+    faults: dict[str, Fault] = {}
+    for run in comparison.runs:
+        path = folder / "runs" / run.name / "config.yaml"
+        difference = _difference(path, run.config) if path.is_file() else None
+        if difference is not None and run.label not in faults:
+            name, old, new = difference
+            message = (f"must be a folder whose runs have the same settings, but in {path.parent} `{name}` is {old}, where it "
+                       f"would be {new} now; choose another folder, or move that one away.")
+            faults[run.label] = Fault("--out", message)
+    if faults:
+        raise ConfigError(list(faults.values()))
+
+
+def _difference(path: Path, config: Config) -> tuple[str, str, str] | None:
+    """The first setting that a config file has otherwise: its name, the value there, and the value here."""
+    try:
+        there, here = dict(_flat(load_config(path).to_dict())), dict(_flat(config.to_dict()))
+    except ConfigError as error:
+        message = f"must be a folder whose runs can be gone on with, but in {path} {error.faults[0]}"
+        raise ConfigError([Fault("--out", message)]) from error
+    for name in [*here, *there]:
+        old, new = there.get(name, _ABSENT), here.get(name, _ABSENT)
+        if old != new or type(old) is not type(new):
+            return name, *("not set" if value is _ABSENT else shown(value) for value in (old, new))  # type: ignore[return-value]
+    return None
+
+
+def _flat(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    """All single values, by their dotted names; empty groups and lists are values."""
+    if isinstance(value, Mapping) and value:
+        for key, part in value.items():
+            yield from _flat(part, f"{name}.{key}" if name else str(key))
+    elif isinstance(value, list) and value:
+        for number, part in enumerate(value):
+            yield from _flat(part, f"{name}[{number}]")
+    else:
+        yield name, value
+
+
+def progress_of(folder: Path) -> Progress:
+    """How far the run in ``folder`` is: not begun, begun, or ended in order."""
+    if not (folder / "config.yaml").is_file():
+        return "new"
+    try:
+        summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return "unfinished"
+    return "finished" if isinstance(summary, dict) and summary.get("finished") is True else "unfinished"

@@ -1,0 +1,156 @@
+"""What a comparison is: its group in a config, the configs of its runs, and how far they are."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from compare_problem import BASE, load, write_run
+
+from dfed.compare_settings import CompareSettings, check_compare
+from dfed.comparison import check_folder, load_comparison, progress_of
+from dfed.config import load_config
+from dfed.errors import ConfigError
+from dfed.yaml_io import read_yaml
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+SHIPPED = [path for path in sorted(CONFIGS.rglob("*.yaml")) if "compare" in read_yaml(path)]
+
+
+def faults_of(tmp_path, *overrides, **changes):
+    with pytest.raises(ConfigError) as caught:
+        load(tmp_path, *overrides, **changes)
+    return [str(fault) for fault in caught.value.faults]
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=[str(path.relative_to(CONFIGS)) for path in SHIPPED])
+def test_every_shipped_comparison_loads(path):
+    comparison = load_comparison(path)
+    assert len(comparison.runs) == len(comparison.labels) * len(comparison.seeds) > 1
+
+
+def test_a_shipped_comparison_is_found():
+    assert CONFIGS / "compare" / "fashion_mnist.yaml" in SHIPPED
+
+
+def test_entries_and_seeds_become_whole_configs(tmp_path):
+    comparison = load(tmp_path, "client.learning_rate=0.5", compare={
+        "strategies": ["fedavg", {"name": "fedprox", "mu": 0.5, "label": "prox-half",
+                                  "settings": {"client.learning_rate": 0.25, "model.hidden.0": 8}}],
+        "seeds": [7, 2], "target_accuracy": 0.5, "reference": "prox-half",
+    })
+    assert (comparison.labels, comparison.seeds) == (("fedavg", "prox-half"), (7, 2))
+    assert (comparison.target_accuracy, comparison.reference) == (0.5, "prox-half")
+    assert [run.name for run in comparison.runs] == ["fedavg-s7", "prox-half-s7", "fedavg-s2", "prox-half-s2"]
+    plain, prox = comparison.runs[0].config, comparison.runs[1].config
+    assert (plain.seed, plain.strategy.name) == (7, "fedavg")
+    assert (plain.client.learning_rate, plain.model.options["hidden"]) == (0.5, [4])
+    assert prox.strategy.to_dict() == {"name": "fedprox", "mu": 0.5}
+    assert (prox.client.learning_rate, prox.model.options["hidden"]) == (0.25, [8])
+    assert comparison.runs[2].config == replace(plain, seed=2)
+    for run in comparison.runs:  # as the runs get them
+        assert load_config(None, base=run.config.to_dict()) == run.config
+
+
+def test_the_defaults(tmp_path):
+    comparison = load(tmp_path)
+    assert (comparison.seeds, comparison.target_accuracy, comparison.reference) == ((5, 6), None, "fedavg")
+    assert load(tmp_path, compare={"strategies": ["fedavg"]}).seeds == (5, 6, 7)
+    assert check_compare({}, []) == CompareSettings()
+    assert load(tmp_path, seeds=1, strategies=["exclusivefl", "fedprox"]).labels == ("exclusivefl", "fedprox")
+    assert load(tmp_path, seeds=(4, 9), strategies=["fedprox"]).seeds == (4, 9)
+    twice = [{"name": "fedprox", "label": "a"}, {"name": "fedprox", "label": "b"}]
+    chosen = load(tmp_path, compare={"strategies": [*twice, "fedavg"], "reference": "fedavg"}, strategies=["fedprox"])
+    assert (chosen.labels, chosen.reference) == (("a", "b"), "a")
+
+
+def test_all_faults_together(tmp_path):
+    compare = {"strategies": [
+        "fedavg", {"name": "fedprox", "mu": -1}, "nope", {"name": "fedprox", "label": "b", "settings": {"client.momentum": 2}},
+        {"name": "fedavg", "label": "c", "settings": {"clint.momentum": 0}, "width": 3},
+    ]}
+    found = faults_of(tmp_path, "rounds=0", compare=compare)
+    assert found[0] == "`rounds` must be at least 1, but is 0."
+    assert found[1] == "`compare.strategies[1].mu` must be at least 0, but is -1."
+    assert found[2].startswith("`compare.strategies[2]` must be one of ")
+    assert found[3] == ("`compare.strategies[3].settings` must fit the rest of the config, but with them `client.momentum` "
+                        "must be less than 1, but is 2.")
+    assert [text.split(" ")[0] for text in found[4:]] == ["`compare.strategies[4].settings`", "`compare.strategies[4].width`"]
+    assert faults_of(tmp_path, strategies=["fedavg", "nope"])[0].startswith("`--strategies` must be one of ")
+
+
+@pytest.mark.parametrize(("compare", "message"), [
+    (3, "`compare` must be a group of settings, but is 3."),
+    ({"strategy": []}, "`compare.strategy` is not a setting; known here: reference, seeds, strategies, target_accuracy."),
+    ({"strategies": "fedavg"}, "`compare.strategies` must be a list of names and groups with a `name`, but is 'fedavg'."),
+    ({"strategies": [3]}, "`compare.strategies` must be a list of names and groups with a `name`, but is [3]."),
+    ({"strategies": [{"mu": 1}]}, "`compare.strategies[0].name` must name a strategy, but is null."),
+    ({"strategies": [{"name": "fedavg", "label": "a/b"}]}, "`compare.strategies[0].label` must be at most 64 of the char"),
+    ({"strategies": [{"name": "fedavg", "label": 3}]}, "`compare.strategies[0].label` must be text, but is 3."),
+    ({"strategies": ["fedavg", {"name": "fedprox", "label": "FedAvg"}]},
+     "`compare.strategies[1].label` must differ from that of compare.strategies[0], but is 'FedAvg' too; give a `label`."),
+    ({"strategies": [{"name": "fedavg", "settings": {"seed": 3}}]}, "which are the same for all, but sets 'seed'."),
+    ({"strategies": [{"name": "fedavg", "settings": {"fleet[tiers]": 3}}]}, "`compare.strategies[0].settings` must leave"),
+    ({"strategies": [{"name": "fedavg", "settings": [1]}]}, "`compare.strategies[0].settings` must be a group of settings"),
+    ({"strategies": ["fedavg"], "seeds": 0}, "`compare.seeds` must be a number of seeds of at least 1, or a list"),
+    ({"strategies": ["fedavg"], "seeds": [1, 1]}, "of different seeds of at least 0, but is [1, 1]."),
+    ({"strategies": ["fedavg"], "seeds": True}, "but is true."),
+    ({"strategies": ["fedavg"], "target_accuracy": 50}, "`compare.target_accuracy` must be a number greater than 0 and"),
+    ({"strategies": ["fedavg"], "reference": "x"}, "`compare.reference` must be one of the labels fedavg, but is 'x'."),
+    ({"reference": "x"}, "`compare.reference` must be left out where no strategies are given, but is 'x'."),
+])
+def test_a_wrong_group_is_refused_by_every_command(compare, message, tmp_path):
+    (fault,) = faults_of(tmp_path, compare=compare)
+    assert message in fault
+    with pytest.raises(ConfigError) as caught:
+        load_config(tmp_path / "c.yaml")
+    assert str(caught.value.faults[0]) == fault
+
+
+def test_a_comparison_needs_something_to_compare(tmp_path):
+    assert faults_of(tmp_path, compare={}) == ["`compare.strategies` must be given, here or by --strategies, but is not."]
+
+
+def test_the_group_is_no_part_of_a_run(tmp_path):
+    without = load_config(None, base={key: value for key, value in BASE.items() if key != "compare"})
+    with_group = load_config(None, base=BASE)
+    assert with_group == without
+    assert "compare" not in with_group.to_dict()
+    assert with_group.fingerprint() == without.fingerprint()
+
+
+def test_how_far_a_run_is(tmp_path):
+    config = load(tmp_path).runs[0].config
+    assert progress_of(tmp_path / "run") == "new"
+    write_run(tmp_path / "run", config)
+    assert progress_of(tmp_path / "run") == "finished"
+    write_run(tmp_path / "run", config, finished=False)
+    assert progress_of(tmp_path / "run") == "unfinished"
+    (tmp_path / "run" / "summary.json").write_text("{")
+    assert progress_of(tmp_path / "run") == "unfinished"
+    (tmp_path / "run" / "summary.json").unlink()
+    assert progress_of(tmp_path / "run") == "unfinished"
+
+
+def test_a_folder_with_other_settings_is_refused(tmp_path):
+    out, comparison = tmp_path / "out", load(tmp_path)
+    check_folder(out, comparison)
+    for run in comparison.runs:
+        write_run(out / "runs" / run.name, run.config)
+    check_folder(out, comparison)
+    with pytest.raises(ConfigError) as caught:
+        check_folder(out, load(tmp_path, "client.momentum=0.5", "model.hidden=[4, 5]"))
+    first, second = caught.value.faults  # one an entry
+    assert str(first) == (f"`--out` must be a folder whose runs have the same settings, but in {out}/runs/fedavg-s5 "
+                          "`model.hidden[1]` is not set, where it would be 5 now; choose another folder, or move that one "
+                          "away.")
+    assert "fedprox-s5" in str(second)
+    with pytest.raises(ConfigError, match=r"`client.momentum` is 0.0, where it would be 0.5 now"):
+        check_folder(out, load(tmp_path, "client.momentum=0.5"))
+    (out / "runs" / "fedavg-s5" / "config.yaml").write_text("rounds: 3")
+    with pytest.raises(ConfigError, match=r"can be gone on with, but in .*config.yaml `cohort` must be given"):
+        check_folder(out, comparison)
+    (tmp_path / "thesis.tex").touch()
+    with pytest.raises(ConfigError, match=r"or one of an earlier comparison, but .* holds 'c.yaml'"):
+        check_folder(tmp_path, comparison)
