@@ -17,6 +17,7 @@ from dfed.models import Chain, materialise
 from dfed.models.init import initialise
 from dfed.plan import Plan
 from dfed.planner import Costs, Store
+from dfed.planner.split import split_chain
 from dfed.registry import STRATEGIES, calling
 from dfed.strategies import Problem, Strategy
 
@@ -45,6 +46,7 @@ class Planning:
         problem = Problem(
             chain=chain, splitting=Splitting.by_unit(chain.unit_names), phases=config.client.phases, num_clients=num_clients,
             seed=config.seed, budgets=budgets, fits=lambda plan, budget: self.costs.fits(plan, budget),
+            split=lambda count: split_chain(chain, config.client, num_blocks=count, store=_store(config.data.cache)).splitting,
             budget_bytes=lambda plan: self.costs.budget_bytes(plan),
         )
         if not any(True for _ in chain.parameters()):

@@ -174,6 +174,7 @@ STRATEGIES = Registry("strategy", {
     "fjord": "dfed.strategies.fjord:Fjord",
     "heterofl": "dfed.strategies.heterofl:HeteroFL",
     "inclusivefl": "dfed.strategies.inclusivefl:InclusiveFL",
+    "neulite": "dfed.strategies.neulite:NeuLite",
     "progfed": "dfed.strategies.progfed:ProgFed",
 })
 SAMPLERS = Registry("sampler", {

@@ -77,6 +77,8 @@ def lead_round(job: Job, state: ServerState) -> RoundResult:
     row["time_s"] = time.perf_counter() - start
     senders = Counter(block for plan in completed for block in plan.train)
     new = job.strategy.advance(state, new, {**row, "senders": senders})
+    if note := job.strategy.note(new):
+        row["strategy"] = dict(note)
     new = replace(new, sampler=advance(job.sampler, state, lambda: job.view(state), row, clients))
     keepers = [report["client"] for report in reports if report["keeps_state"] and report["status"] == "completed"]
     new = replace(new, infeasible=_infeasible(job, cohort, clients, state),

@@ -65,6 +65,10 @@ def _fits_all(plan: Plan, budget_bytes: int | None) -> bool:
     return True
 
 
+def _no_split(num_blocks: int | None) -> Splitting:
+    raise AssertionError("this problem has no planner that splits its chain")
+
+
 def _nothing_needed(plan: Plan) -> int:
     return 0
 
@@ -91,6 +95,7 @@ class Problem:
     seed: int
     budgets: tuple[tuple[int | None, int], ...] = ()
     fits: Callable[[Plan, int | None], bool] = _fits_all
+    split: Callable[[int | None], Splitting] = _no_split
     budget_bytes: Callable[[Plan], int] = _nothing_needed
 
 
@@ -192,6 +197,10 @@ class Strategy(ABC):
         returns n − 1, which must be the course that needs most.
         """
         return 1
+
+    def note(self, state: ServerState) -> Mapping[str, Any]:
+        """What the round's line of metrics says of the strategy (``strategy``), after :meth:`advance`; JSON values."""
+        return {}
 
     def evaluated(self, state: ServerState) -> Plan:
         """The plan whose sub-model, in evaluation mode, is the global model after ``state``: by default all of the chain."""
