@@ -8,6 +8,7 @@ all heads and some dimensions of each, the same ones of queries, keys and values
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -95,8 +96,8 @@ def inside(inner: SubModel, outer: SubModel) -> dict[str, Region]:
     found = {}
     for name in inner.regions:
         axes = [
-            None if small is None else np.searchsorted(large, small)
-            for small, large in zip(inner.axes.get(name, ()), outer.axes.get(name, ()), strict=True)
+            small if small is None or large is None else np.searchsorted(large, small)
+            for small, large in itertools.zip_longest(inner.axes.get(name, ()), outer.axes.get(name, ()))
         ]
         found[name] = region_of(axes, whole[name])
     return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Callable, Iterable
@@ -139,8 +140,13 @@ class Costs:
         return self._store.get(["peak", *self._depends, plan.cost_key()], lambda: max(self._course(plan)))
 
     def _course(self, plan: Plan) -> list[int]:
-        skeleton = Skeleton(self.strategy.build(plan))
-        return predict_course(lambda: self._payload(plan), lambda values: self._train(plan, skeleton, values))
+        levels: list[int] = []
+        num_draws = self.strategy.num_draws(plan)
+        for number in range(max(0, num_draws - 2), num_draws):
+            skeleton = Skeleton(self.strategy.build(plan))
+            train = functools.partial(self._train, plan, skeleton, draw=lambda n, number=number: number)
+            levels += predict_course(lambda: self._payload(plan), train)
+        return levels
 
     def _payload(self, plan: Plan) -> dict[str, Tensor]:
         return {entry.name: torch.empty(entry.shape) for entry in self._forms.of(plan).down}

@@ -193,8 +193,8 @@ class Strategy(ABC):
     def num_draws(self, plan: Plan) -> int:
         """Of how many equally likely courses each training step takes one, which ``model.draw(n)`` draws in :meth:`loss`.
 
-        ``draw`` is set on the model; it returns 0 … n − 1, keyed by seed, round and client. For a prediction of memory it
-        returns n − 1, which must be the course that needs most.
+        ``draw`` is set on the model; it returns 0 … n − 1, keyed by seed, round and client. Memory is predicted for n − 2 and
+        n − 1, one of which must be the course that needs most.
         """
         return 1
 

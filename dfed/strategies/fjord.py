@@ -3,10 +3,10 @@
 Source: Horváth, Laskaridis, Almeida, Leontiadis, Venieris, Lane, "FjORD: Fair and Accurate Federated Learning under
 heterogeneous targets with Ordered Dropout", NeurIPS 2021 (arXiv 2102.13451), algorithm 1, sections 3.2 to 3.4.
 
-Symbols: p, a width, out of P (``rates``); p_max, the largest that fits the client. Each local step draws p ~ U{p ∈ P : p ≤ p_max}
-and trains the first ⌈p·d⌉ of each layer's d outputs. Aggregation: every entry is the mean over the clients whose p_max covers
-it, weighted by samples. Distillation (``distillation`` = α): each step trains p_max too, and a smaller width learns from it:
-CE(p_max) + α · KL(p_max ‖ p) + (1 − α) · CE(p).
+Symbols: p, a width, out of P (``rates``); p_max, the largest that fits the client. Each local step draws
+p ~ U{p ∈ P : p ≤ p_max} and trains the first ⌈p·d⌉ of each layer's d outputs. Aggregation: every entry is the mean over the
+clients whose p_max covers it, weighted by samples. Distillation (``distillation`` = α): each step trains p_max too, and a
+smaller width learns from it: CE(p_max) + α · KL(p_max ‖ p) + (1 − α) · CE(p).
 
 Norm statistics: each width has its own. Clients normalise by the mini-batch and keep none; a width's are worked out from
 training data before it is evaluated.
@@ -49,7 +49,8 @@ class Fjord(WidthStrategy):
         statistics_samples: Training samples from which the norms' statistics are worked out before evaluation; 0: all.
     """
 
-    def __init__(self, problem: Problem, *, rates: Rates = RATES, distillation: Annotated[float, Field(ge=0, le=1)] | None = None,
+    def __init__(self, problem: Problem, *, rates: Rates = RATES,
+                 distillation: Annotated[float, Field(ge=0, le=1)] | None = None,
                  statistics_samples: Samples = 10_000):
         super().__init__(problem, rates, scaler=False, statistics=False, statistics_samples=statistics_samples)
         self.distillation = distillation
