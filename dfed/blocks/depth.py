@@ -1,4 +1,4 @@
-"""Depth: prefixes of a chain, classifiers on the way, and a way past what is left out. What the methods on depth are made of."""
+"""Depth: prefixes of a chain, classifiers on the way, shortcuts past what is left out. What methods on depth are made of."""
 
 from __future__ import annotations
 
@@ -37,8 +37,9 @@ def cut_points(chain: Chain, num_depths: int, cuts: Sequence[str] | None = None)
     if cuts is not None:
         allowed = names[: max(0, body - 1)]
         if list(cuts) != [name for name in allowed if name in cuts]:
-            message = f"must name units of '{chain.name}' that a depth before the last ends with, each once and in their order: "
-            raise ConfigError([Fault("cuts", f"{message}{', '.join(allowed) or 'it has none'}; but is {list(cuts)}.")])
+            known = ", ".join(allowed) or "it has none"
+            message = f"must name units of '{chain.name}' that a depth before the last ends with, each once and in their order"
+            raise ConfigError([Fault("cuts", f"{message}: {known}; but is {list(cuts)}.")])
         return (*(names.index(name) + 1 for name in cuts), len(chain))
     shapes = list(chain.output_shapes().values())[:body]
     joined = 1 if body > 1 and len(shapes[0]) == 2 else 0
@@ -68,7 +69,8 @@ def classifier(chain: Chain, stop: int) -> nn.Module:
         if len(shape) == 3:
             layers.update(pool=nn.AdaptiveAvgPool2d(1), flatten=nn.Flatten())
         elif len(shape) != 1:
-            raise ConfigError([Fault(unit, f"must have feature maps, tokens or a vector as output for a classifier, not {shape}.")])
+            message = f"must have feature maps, tokens or a vector as output for a classifier, but has {shape}."
+            raise ConfigError([Fault(unit, message)])
         layers["fc"] = nn.Linear(shape[0], chain.num_classes)
     return nn.Sequential(layers)
 

@@ -5,16 +5,16 @@ that of FedDyn: Acar, Zhao, Matas, Mattina, Whatmough, Saligrama, "Federated Lea
 2021 (arXiv 2111.04263), algorithm 1.
 
 Symbols: client k trains the d_k first depths, as deep as fits, and the classifiers at depths 1 … d_k. With p_i the
-probabilities at depth i (temperature 1), F_k = Σ_i CE_i + w(r) · Σ_i Σ_{j≠i} KL(p_j ‖ p_i) / (d_k − 1), where p_j is taken as
-given, and w(r) = exp(−5 (1 − min(r, T)/T)²) after r rounds, T = 300 (``ramp_rounds``). FedDyn, α (``alpha``): a client
-minimises F_k(θ) − ⟨∇L_k, θ⟩ + α/2 ‖θ − θ^t‖² over parameters (not norm statistics), then ∇L_k ← ∇L_k − α (θ_k − θ^t); the server,
-of m clients in all (``fleet.clients``), h ← h − α/m · Σ_k (θ_k − θ^t) and θ ← mean_k θ_k − h/α, each tensor over the clients of the
-round that hold it. The model is evaluated by the mean of the scores of all depths.
+probabilities at depth i (temperature 1), F_k = Σ_i CE_i + w(r) · Σ_i Σ_{j≠i} KL(p_j ‖ p_i) / (d_k − 1), where p_j is taken
+as given, and w(r) = exp(−5 (1 − min(r, T)/T)²) after r rounds, T = 300 (``ramp_rounds``). FedDyn, α (``alpha``): a client
+minimises F_k(θ) − ⟨∇L_k, θ⟩ + α/2 ‖θ − θ^t‖² over parameters (not norm statistics), then ∇L_k ← ∇L_k − α (θ_k − θ^t); the
+server, of m clients in all (``fleet.clients``), h ← h − α/m · Σ_k (θ_k − θ^t) and θ ← mean_k θ_k − h/α, each tensor over
+the clients of the round that hold it. The model is evaluated by the mean of the scores of all depths.
 
-Deviations: the means are weighted by samples, and Σ_k (θ_k − θ^t) is taken as the number of holders times what the mean moved
-(for clients of equal size the same). With a server optimiser other than plain ``sgd``, its result stands for the mean. Depths
-end where :func:`dfed.blocks.cut_points` says, and a classifier is what :func:`dfed.blocks.classifier` makes, where the authors
-write a residual network with bottlenecks by hand.
+Deviations: the means are weighted by samples, and Σ_k (θ_k − θ^t) is taken as the number of holders times what the mean
+moved (for clients of equal size the same). With a server optimiser other than plain ``sgd``, its result stands for the
+mean. Depths end where :func:`dfed.blocks.cut_points` says, and a classifier is what :func:`dfed.blocks.classifier` makes,
+where the authors write a residual network with bottlenecks by hand.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ class DepthFL(Strategy):
         return candidate.planner.best(self.plan_at(depth, candidate.client, details) for depth in deepest_first)
 
     def plan_at(self, depth: int, client: int = 0, details: Mapping[str, Any] | None = None, *, alone: bool = False) -> Plan:
-        """Training of the first ``depth`` depths (from 1), with the classifiers of all; ``alone``: with that of the last only."""
+        """Training of the first ``depth`` depths, with the classifiers of all; ``alone``: with that of the last only."""
         exits = range(depth if alone else 1, min(depth + 1, len(self.stops)))
         hold = (*self.problem.chain.unit_names[: self.stops[depth - 1]], *(f"exit{number}" for number in exits))
         return Plan(client=client, hold=hold, train=hold, phases=self.problem.phases, options={"depth": depth, "alone": alone},

@@ -1,21 +1,21 @@
 """FeDepth: clients of little memory train the parts of the model one after another, each through the shared classifier.
 
-Source: Zhang, Dai, Wang, Xing, Chen, Sun, "Memory-adaptive Depth-wise Heterogenous Federated Learning", 2023
-(arXiv 2303.04887), section 3.
+Source: Zhang, Dai, Wang, Xing, Chen, Sun, "Memory-adaptive Depth-wise Heterogenous Federated Learning", 2023 (arXiv
+2303.04887), section 3.
 
-Symbols: client k cuts the body of the model into J_k parts θ_1 … θ_J, as its memory asks for, and holds all of it. Part j is
-trained with the classifier φ for the configured epochs, with the parts before it frozen: (θ_j, φ) ← argmin F_k. The output of part
-j comes to φ by a shortcut without parameters, zero-padded to the shape that φ takes; the parts behind are not computed. The whole
-model goes up, and becomes the mean. J_k = 1 is full training.
+Symbols: client k cuts the body of the model into J_k parts θ_1 … θ_J, as its memory asks for, and holds all of it. Part j
+is trained with the classifier φ for the configured epochs, with the parts before it frozen: (θ_j, φ) ← argmin F_k. The
+output of part j comes to φ by a shortcut without parameters, zero-padded to the shape that φ takes; the parts behind are
+not computed. The whole model goes up, and becomes the mean. J_k = 1 is full training.
 
-Here J_k is the smallest number with which every part fits; parts are runs of units, with the smallest largest predicted peak that
-bisection finds (peaks grow with each unit of a part), the same for all clients of one J_k. A client that not even the finest parts
-fit does not take part.
+Here J_k is the smallest number with which every part fits; parts are runs of units, with the smallest largest predicted
+peak that bisection finds (peaks grow with each unit of a part), the same for all clients of one J_k. A client that not even
+the finest parts fit does not take part.
 
-Deviations: the authors cut at residual blocks by a memory estimate of their own, and we by the planner's. The shortcut also averages
-over pixels where the classifier takes fewer, and over the image where it takes a vector; see :func:`dfed.blocks.pad_to`. Frozen
-parts normalise by their running statistics and leave them as they are. The optimiser starts anew with each part. Left out: the
-variant (m-FeDepth) in which rich clients train several models.
+Deviations: the authors cut at residual blocks by a memory estimate of their own, and we by the planner's. The shortcut also
+averages over pixels where the classifier takes fewer, and over the image where it takes a vector; see
+:func:`dfed.blocks.pad_to`. Frozen parts normalise by their running statistics and leave them as they are. The optimiser
+starts anew with each part. Left out: the variant (m-FeDepth) in which rich clients train several models.
 """
 
 from __future__ import annotations
@@ -58,11 +58,16 @@ class FeDepth(Strategy):
         return candidate.planner.best(self._plans(candidate.client))
 
     def _plans(self, client: int) -> Iterator[Plan]:
-        for num_parts in range(1, max(1, len(self._places) - 1) + 1):
+        yield self.full_plan(client)
+        for num_parts in range(2, len(self._places)):
             yield self.plan_of(self.ends(num_parts), client)
 
     def ends(self, num_parts: int) -> tuple[int, ...]:
-        """Where each of so many parts ends, as numbers of units; the most even choice."""
+        """Where each of so many parts ends, as numbers of units; the most even choice.
+
+        Args:
+            num_parts: At least 1, and at most the places where the body can be cut, its end included.
+        """
         return self._best(num_parts, len(self._places) - 1)[1]
 
     def plan_of(self, ends: tuple[int, ...], client: int = 0) -> Plan:

@@ -1,19 +1,22 @@
 """InclusiveFL: models of several depths, whose last layers are their own and learn from the next larger model's.
 
-Source: Liu, Wu, Wu, Wang, Lyu, Chen, Xie, "No One Left Behind: Inclusive Federated Learning over Heterogeneous Devices", KDD
-2022 (arXiv 2202.08036), section 3; the formula below as their code has it.
+Source: Liu, Wu, Wu, Wang, Lyu, Chen, Xie, "No One Left Behind: Inclusive Federated Learning over Heterogeneous Devices",
+KDD 2022 (arXiv 2202.08036), section 3; the formula below as their code has it.
 
-Symbols: sizes s = 1 … S with L_1 < … < L_S layers. Size s has layers 1 … L_s and a classifier; its layer L_s and its classifier are
-its own, the layers before are shared by all sizes that hold them, and each tensor becomes the mean over these. Momentum
-distillation, β (``beta``): of what layer L_s of size s moved in the round, g_s, and what layers L_s … L_{s+1} of size s + 1 moved,
-g_s ← (1 − β) g_s + β · 1/(L_{s+1} − L_s + 1) · Σ_{l=L_s}^{L_{s+1}} g_{s+1, l}. The largest size is the full model.
+Symbols: sizes s = 1 … S with L_1 < … < L_S layers. Size s has layers 1 … L_s and a classifier; its layer L_s and its
+classifier are its own, the layers before are shared by all sizes that hold them, and each tensor becomes the mean over
+these. Momentum distillation, β (``beta``): of what layer L_s of size s moved in the round, g_s, and what layers L_s …
+L_{s+1} of size s + 1 moved, g_s ← (1 − β) g_s + β · 1/(L_{s+1} − L_s + 1) · Σ_{l=L_s}^{L_{s+1}} g_{s+1, l}. The largest
+size is the full model.
 
-Here a layer is a unit; sizes end where :func:`dfed.blocks.cut_points` says. Units differ in shape: each parameter takes the mean
-over those of these units that have one of its name and shape and were sent in the round, and is left alone if there is none.
+Here a layer is a unit; sizes end where :func:`dfed.blocks.cut_points` says. Units differ in shape: each parameter takes the
+mean over those of these units that have one of its name and shape and were sent in the round, and is left alone if there is
+none.
 
-Deviations: g is the change of the global tensor over the round (the authors aggregate gradients, and use the larger model's of the
-round before); for layers that several sizes share it is the change of their common mean. A size nobody trained stays as it is.
-The authors start all sizes from one pretrained model; here a size's own layer starts as the full model's layer in its place.
+Deviations: g is the change of the global tensor over the round (the authors aggregate gradients, and use the larger model's
+of the round before); for layers that several sizes share it is the change of their common mean. A size nobody trained stays
+as it is. The authors start all sizes from one pretrained model; here a size's own layer starts as the full model's layer in
+its place.
 """
 
 from __future__ import annotations

@@ -1,17 +1,17 @@
 """ProgFed: the model grows in the course of the run, block by block.
 
-Source: Wang, Stich, He, Fritz, "ProgFed: Effective, Communication, and Computation Efficient Federated Learning by Progressive
-Training", ICML 2022 (arXiv 2110.05323), section 3.
+Source: Wang, Stich, He, Fritz, "ProgFed: Effective, Communication, and Computation Efficient Federated Learning by
+Progressive Training", ICML 2022 (arXiv 2110.05323), section 3.
 
-Symbols: the model is cut into blocks E_1 … E_S. Stage s trains M_s = G_s ∘ E_s ∘ … ∘ E_1 from end to end by federated averaging, for
-T_s rounds (``stage_rounds``); G_s is a head of its own, thrown away when the model grows. The last stage is the full model. After
-each growth a warm-up (``warmup_rounds``) trains the newest block and the head only. Clients that fit what is trained in the round
-take part, so more of them in a warm-up.
+Symbols: the model is cut into blocks E_1 … E_S. Stage s trains M_s = G_s ∘ E_s ∘ … ∘ E_1 from end to end by federated
+averaging, for T_s rounds (``stage_rounds``); G_s is a head of its own, thrown away when the model grows. The last stage is
+the full model. After each growth a warm-up (``warmup_rounds``) trains the newest block and the head only. Clients that fit
+what is trained in the round take part, so more of them in a warm-up.
 
-Deviations: all stages but the last, which lasts to the end of the run, have the same T_s. The warm-up is 25 rounds in the paper;
-unless said otherwise it is a tenth of a stage here, and at most 25. Frozen blocks normalise by their running statistics and leave
-them as they are. Stages end where :func:`dfed.blocks.cut_points` says, and a head is what :func:`dfed.blocks.classifier` makes.
-The global model is that of the stage it is in.
+Deviations: all stages but the last, which lasts to the end of the run, have the same T_s. The warm-up is 25 rounds in the
+paper; unless said otherwise it is a tenth of a stage here, and at most 25. Frozen blocks normalise by their running
+statistics and leave them as they are. Stages end where :func:`dfed.blocks.cut_points` says, and a head is what
+:func:`dfed.blocks.classifier` makes. The global model is that of the stage it is in.
 """
 
 from __future__ import annotations

@@ -146,6 +146,30 @@ def test_three_ranks_give_the_same_bits(reference, three_ranks, name):
     assert_same(three_ranks / name, reference / name)
 
 
+@pytest.mark.parametrize("name", ["depthfl", "fedepth", "inclusivefl", "progfed"])
+def test_methods_on_depth_stay_within_the_memory_that_they_planned_for(reference, name):
+    clients = [row for row in rows(reference / name) if row["kind"] == "client"]
+    assert {row["status"] for row in clients} == {"completed"}
+    assert all(row["peak_bytes"] <= row["budget_bytes"] and row["predicted_bytes"] < row["budget_bytes"] for row in clients)
+    most = {tier: max(row["predicted_bytes"] for row in clients if row["tier"] == tier) for tier in ("strong", "weak")}
+    full = next(row["budget_bytes"] for row in clients if row["tier"] == "strong") / 3  # what full training needs
+    assert most["weak"] < most["strong"] < 2 * full
+    steps = {tier: {row["num_steps"] / -(-row["num_samples"] // 16) for row in clients if row["tier"] == tier} for tier in most}
+    assert steps["strong"] == {1}
+    assert (steps["weak"] == {1}) == (name != "fedepth")  # several parts, an epoch each
+
+
+def test_what_methods_on_depth_remember_survives_a_resumption(reference, tmp_path):
+    runs = []
+    for name, done in (("depthfl", 1), ("progfed", 2)):
+        folder = tmp_path / name
+        runs += [[SMOKE / f"{name}.yaml", f"rounds={done}", "--out", folder], ["--resume", folder, f"rounds={done + 1}"]]
+    run_several(runs, tmp_path, ranks=1)
+    for name in ("depthfl", "progfed"):
+        assert summary(tmp_path / name)["params_sha256"] == summary(reference / name)["params_sha256"]
+        assert comparable(tmp_path / name) == comparable(reference / name)
+
+
 def test_codecs_give_the_same_bits_fused_or_per_client(reference):
     fused, per_client = (summary(reference / name) for name in ("coded", "coded_per_client"))
     assert fused["params_sha256"] == per_client["params_sha256"] != summary(reference / "fedavg")["params_sha256"]

@@ -41,7 +41,8 @@ def test_rows_say_what_the_parts_say(prepared):
     (own, *others) = choices(prepared.config, None)
     assert (own.name, own.options) == ("fedprox", {"mu": 0.5})
     assert {choice.name for choice in others} >= {"fedavg", "exclusivefl"}
-    for choice in (own, *others):
+    plain = [choice for choice in others if choice.name in ("fedavg", "exclusivefl")]  # the others train something smaller
+    for choice in (own, *plain):
         costs = planning_of(prepared, choice).costs
         plan = planning_of(prepared, choice).full_plan()
         (strong, weak), share = Survey(prepared).under(choice)
