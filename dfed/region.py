@@ -134,7 +134,7 @@ class Segments(Region):
         sizes = []
         for runs, size in zip(self.runs, full, strict=False):
             edges = [edge for run in runs for edge in run]
-            apart = all(a < b for a, b in zip(edges, edges[1:], strict=False))
+            apart = all(a < b for a, b in itertools.pairwise(edges))
             if not runs or not apart or edges[0] < 0 or edges[-1] > size:
                 raise ValueError(f"region runs must be ascending, apart, and lie in 0 … {size}, but are {runs}.")
             sizes.append(sum(stop - start for start, stop in runs))

@@ -16,7 +16,8 @@ from dataclasses import dataclass
 import numpy as np
 from torch import Tensor, nn
 
-from dfed.blocks.width_rules import Kept, Narrowing, Picker, all_of
+from dfed.blocks.narrowing import Kept, Narrowing, Picker, all_of
+from dfed.blocks.width_rules import RULES
 from dfed.errors import ConfigError
 from dfed.models import Chain
 from dfed.region import Region, region_of
@@ -76,7 +77,7 @@ def narrow(chain: Chain, rate: float, pick: Picker = prefix, *, classes: np.ndar
     assert 0 < rate <= 1, f"rate must be above 0 and at most 1, not {rate}"
     whole, copy = chain.state_dict(), chain.skeleton()
     copy._shapes = None
-    narrowing = Narrowing(rate, pick, heads=_heads(copy))
+    narrowing = Narrowing(rate, pick, RULES, heads=_heads(copy))
     kept = all_of(chain.input_shape[0])
     scores = all_of(chain.num_classes) if classes is None else Kept(classes, chain.num_classes)
     copy.num_classes = len(scores)

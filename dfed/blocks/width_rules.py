@@ -2,44 +2,17 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dfed.errors import ConfigError, Fault
+from dfed.blocks.narrowing import Kept, Narrowing, Rule, refused
 from dfed.models.cifar_resnet import PadShortcut
 from dfed.models.layers import num_groups
 
-__all__ = ["Kept", "Narrowing", "Picker", "SelectShortcut", "all_of"]
-
-Picker = Callable[[str, int, int], np.ndarray]
-"""Which channels of a group to keep: (name, size, count) to ``count`` ascending indices below ``size``."""
-
-_TINY = 1e-9  # so that 0.1 · 30 asks for 3 channels, not for 4
-
-
-class Kept(NamedTuple):
-    """Channels that are there, of ``size`` that the full model has: ascending indices."""
-
-    indices: np.ndarray
-    size: int
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def repeated(self, times: int) -> Kept:
-        """The features of these channels when ``times`` features of each lie side by side."""
-        places = self.indices[:, None] * times + np.arange(times)
-        return Kept(places.reshape(-1), self.size * times)
-
-
-def all_of(size: int) -> Kept:
-    """All of ``size`` channels."""
-    return Kept(np.arange(size), size)
+__all__ = ["RULES", "SelectShortcut"]
 
 
 class SelectShortcut(nn.Module):
@@ -67,74 +40,10 @@ class SelectShortcut(nn.Module):
         ], dim=1)
 
 
-class Narrowing:
-    """One walk through a chain that makes every layer narrower, in place.
-
-    Layers of one's own may take part: a module with a method ``narrowed(narrowing, path, kept, target) -> Kept`` calls
-    :meth:`layer` for its children, in the order in which they run, and returns the channels that it puts out.
-
-    Args:
-        rate: Share of channels that a group keeps.
-        pick: Which ones.
-        heads: Heads that share the residual stream; it keeps a multiple of so many channels.
-
-    Attributes:
-        axes: By the tensor's name: for each leading dimension what is kept; None: all.
-    """
-
-    def __init__(self, rate: float, pick: Picker, *, heads: int = 1):
-        self.axes: dict[str, list[np.ndarray | None]] = {}
-        self._rate, self._pick, self._heads = rate, pick, heads
-
-    def group(self, name: str, size: int, multiple: int = 1) -> Kept:
-        """The kept channels of a new group; their number is a multiple of ``multiple``, of which ``size`` is one."""
-        count = multiple * max(1, math.ceil(self._rate * (size // multiple) - _TINY))
-        return all_of(size) if count == size else Kept(self._pick(name, size, count), size)
-
-    def layer(self, module: nn.Module, path: str, kept: Kept, target: Kept | None = None) -> Kept:
-        """Make ``module`` narrower, whose inputs are ``kept``; returns what it puts out.
-
-        Args:
-            target: What it must put out; None: it chooses.
-
-        Raises:
-            ConfigError: If nothing is known of this kind of layer, or it cannot be narrowed so; names it.
-        """
-        own = getattr(module, "narrowed", None)
-        rule = own if own is not None else _rule(module)
-        if rule is None:
-            raise _refused(path, f"dfed does not know how channels pass through a layer of class {type(module).__name__}; a "
-                                 "class of your own can say so in a method `narrowed` (docs/own_parts.md)")
-        out: Kept = rule(self, path, kept, target) if own is not None else rule(self, module, path, kept, target)
-        if target is not None and not np.array_equal(out.indices, target.indices):
-            raise _refused(path, "what it puts out is tied both to its inputs and to what it is added to")
-        return out
-
-    def cut(self, module: nn.Module, path: str, name: str, *axes: np.ndarray | None) -> None:
-        """Keep of the tensor ``name`` of ``module`` these indices along each leading dimension; None: all."""
-        tensor = getattr(module, name)
-        if tensor is None:
-            return
-        sizes = [size if axis is None else len(axis) for axis, size in zip(axes, tensor.shape, strict=False)]
-        empty = torch.empty((*sizes, *tensor.shape[len(axes):]), dtype=tensor.dtype, device="meta")
-        is_parameter = isinstance(tensor, nn.Parameter)
-        setattr(module, name, nn.Parameter(empty, requires_grad=tensor.requires_grad) if is_parameter else empty)
-        self.axes[f"{path}.{name}"] = list(axes)
-
-    @property
-    def heads(self) -> int:
-        """Attention heads that share the residual stream."""
-        return self._heads
-
-
-def _refused(path: str, why: str) -> ConfigError:
-    return ConfigError([Fault(path, f"must be a layer of which a part of the channels can be trained, but {why}.")])
-
-
 def _as_features(kept: Kept, size: int, path: str) -> Kept:
     """``kept`` as a layer on ``size`` features sees it: as it is, or with the pixels of flattened feature maps."""
     if size % kept.size:
-        raise _refused(path, f"it takes {size} features, which {kept.size} channels do not divide")
+        raise refused(path, f"it takes {size} features, which {kept.size} channels do not divide")
     return kept if size == kept.size else kept.repeated(size // kept.size)
 
 
@@ -144,7 +53,7 @@ def _same(walk: Narrowing, module: Any, path: str, kept: Kept, target: Kept | No
 
 def _flatten(walk: Narrowing, module: Any, path: str, kept: Kept, target: Kept | None) -> Kept:
     if (module.start_dim, module.end_dim) != (1, -1):
-        raise _refused(path, "it flattens other dimensions than channels and pixels")
+        raise refused(path, "it flattens other dimensions than channels and pixels")
     return kept
 
 
@@ -164,7 +73,7 @@ def _makes_channels(module: nn.Module) -> bool:
 def _conv(walk: Narrowing, module: Any, path: str, kept: Kept, target: Kept | None) -> Kept:
     size, groups = module.out_channels, module.groups
     if module.in_channels != kept.size:
-        raise _refused(path, f"it takes {module.in_channels} channels and is given {kept.size}")
+        raise refused(path, f"it takes {module.in_channels} channels and is given {kept.size}")
     if groups == 1:
         out = walk.group(path, size) if target is None else target
         walk.cut(module, path, "weight", out.indices, kept.indices)
@@ -182,7 +91,7 @@ def _grouped(walk: Narrowing, module: Any, path: str, kept: Kept) -> Kept:
     per_group = module.in_channels // module.groups
     there = np.unique(kept.indices // per_group)
     if len(there) * per_group != len(kept):
-        raise _refused(path, f"it has groups of {per_group} channels, of which some would keep a part only at this width")
+        raise refused(path, f"it has groups of {per_group} channels, of which some would keep a part only at this width")
     return Kept(there, module.groups).repeated(module.out_channels // module.groups)
 
 
@@ -206,7 +115,7 @@ def _batch_norm(walk: Narrowing, module: Any, path: str, kept: Kept, target: Kep
 def _group_norm(walk: Narrowing, module: Any, path: str, kept: Kept, target: Kept | None) -> Kept:
     """As many groups as :func:`num_groups` gives the channels that are left, but no more than there were."""
     if module.num_channels != kept.size:
-        raise _refused(path, f"it works on {module.num_channels} features, not on the {kept.size} channels alone")
+        raise refused(path, f"it works on {module.num_channels} features, not on the {kept.size} channels alone")
     if len(kept) != kept.size:
         most = min(module.num_groups, num_groups(len(kept)))
         module.num_groups = next(groups for groups in range(most, 0, -1) if len(kept) % groups == 0)
@@ -218,7 +127,7 @@ def _group_norm(walk: Narrowing, module: Any, path: str, kept: Kept, target: Kep
 
 def _layer_norm(walk: Narrowing, module: Any, path: str, kept: Kept, target: Kept | None) -> Kept:
     if tuple(module.normalized_shape) != (kept.size,):
-        raise _refused(path, f"it works on {tuple(module.normalized_shape)}, not on the {kept.size} channels alone")
+        raise refused(path, f"it works on {tuple(module.normalized_shape)}, not on the {kept.size} channels alone")
     for name in ("weight", "bias"):
         walk.cut(module, path, name, kept.indices)
     module.normalized_shape = (len(kept),)
@@ -283,7 +192,7 @@ def _attention(walk: Narrowing, module: nn.MultiheadAttention, path: str, kept: 
     """All heads, each with some of its dimensions; queries, keys and values with the same ones."""
     width, heads = module.embed_dim, module.num_heads
     if width != kept.size or len(kept) % heads or module.in_proj_weight is None or module.bias_k is not None:
-        raise _refused(path, "its attention does not work on the residual stream alone")
+        raise refused(path, "its attention does not work on the residual stream alone")
     of_head, size = len(kept) // heads, width // heads
     if of_head == size:
         return
@@ -304,9 +213,7 @@ def _vit_head(walk: Narrowing, module: Any, path: str, kept: Kept, target: Kept 
     return walk.layer(module.fc, f"{path}.fc", kept, target)
 
 
-_Rule = Callable[[Narrowing, Any, str, Kept, "Kept | None"], Kept]
-
-_RULES: dict[str, _Rule] = {
+RULES: dict[str, Rule] = {
     **{f"torch.nn.modules.activation.{name}": _same for name in (
         "ReLU", "ReLU6", "LeakyReLU", "ELU", "CELU", "SELU", "GELU", "SiLU", "Mish", "Hardswish", "Hardtanh", "Hardsigmoid",
         "Sigmoid", "LogSigmoid", "Tanh", "Softplus", "Softsign",
@@ -336,7 +243,3 @@ _RULES: dict[str, _Rule] = {
     "dfed.models.vit.VitHead": _vit_head,
 }
 """By exact class: a subclass may do otherwise."""
-
-
-def _rule(module: nn.Module) -> _Rule | None:
-    return _RULES.get(f"{type(module).__module__}.{type(module).__qualname__}")

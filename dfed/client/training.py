@@ -146,9 +146,8 @@ def run_plan(
         model.recompute = True
     model.draw = draw  # type: ignore[assignment]
     strategy.receive(model, client_state, plan)
-    wanted = _Wanted(strategy, plan, model)
+    wanted, count = _Wanted(strategy, plan, model), _Count(device)
     optimizer: torch.optim.Optimizer | None = None
-    loss_sum, loss_square_sum, num_visits, num_steps = torch.zeros((), device=device), torch.zeros((), device=device), 0, 0
     for phase in plan.phases:
         if wanted.change_to(phase) or optimizer is None:
             optimizer = None  # its state goes before the next one's comes
@@ -161,17 +160,29 @@ def run_plan(
             if settings.clip_norm is not None:
                 nn.utils.clip_grad_norm_(wanted.parameters, settings.clip_norm)
             optimizer.step()
-            loss_sum += loss.detach() * len(y)
-            loss_square_sum += loss.detach() ** 2 * len(y)
-            num_visits += len(y)
-            num_steps += 1
+            count.add(loss.detach(), len(y))
             after_batch()
         optimizer.zero_grad(set_to_none=True)
     wanted.change_to(None)
     update = _update(strategy, plan, model, regions)
     if strategy.keeps_state:
         client_state = _checked(strategy.remember(model, client_state, plan))
-    return LocalResult(update, client_state, loss_sum, loss_square_sum, num_visits, num_steps)
+    return LocalResult(update, client_state, count.loss_sum, count.loss_square_sum, count.num_visits, count.num_steps)
+
+
+class _Count:
+    """What local training adds up."""
+
+    def __init__(self, device: torch.device):
+        self.loss_sum, self.loss_square_sum = torch.zeros((), device=device), torch.zeros((), device=device)
+        self.num_visits = self.num_steps = 0
+
+    def add(self, loss: Tensor, num_samples: int) -> None:
+        """One step on so many samples, with this mean loss."""
+        self.loss_sum += loss * num_samples
+        self.loss_square_sum += loss ** 2 * num_samples
+        self.num_visits += num_samples
+        self.num_steps += 1
 
 
 class _Wanted:

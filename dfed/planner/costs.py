@@ -192,7 +192,8 @@ def _what_counts(settings: ClientSettings) -> list[Any]:
 def _trains_plainly(strategy: Strategy) -> bool:
     """Whether the strategy's clients do what those of every strategy do that says nothing else."""
     methods = ("region", "build", "receive", "loss", "upload", "remember", "num_draws")
-    return not strategy.keeps_state and not strategy.extras and all(getattr(type(strategy), name) is getattr(Strategy, name) for name in methods)
+    plain = all(getattr(type(strategy), name) is getattr(Strategy, name) for name in methods)
+    return plain and not strategy.keeps_state and not strategy.extras
 
 
 def with_batch(plan: Plan, batch_size: int) -> Plan:

@@ -17,8 +17,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from dfed import rng
+from dfed.blocks.narrowing import Picker
 from dfed.blocks.width import prefix, random_channels
-from dfed.blocks.width_rules import Picker
 from dfed.state import ServerState
 from dfed.strategies.base import Candidate
 from dfed.strategies.heterofl import HeteroFL

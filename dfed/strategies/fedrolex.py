@@ -17,8 +17,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from dfed.blocks.narrowing import Picker
 from dfed.blocks.width import window
-from dfed.blocks.width_rules import Picker
 from dfed.state import ServerState
 from dfed.strategies.base import Candidate
 from dfed.strategies.heterofl import HeteroFL

@@ -12,9 +12,9 @@ L_t = CE − λ1_t · nHSIC(X; Z) − λ2_t · nHSIC(Y; P) + μ/2 · ‖θ − �
 module's layers, P those pooled (and projected), Y the classes one-hot. λ1_t falls from ``mentor_input`` to 0 over the stages,
 λ2_t rises from 0 to ``mentor_label``.
 
-Orders: ``rotate``, as the release: one block a round, in turn, for ever; the global model is the full model. ``elastic``, as the
-text: the server goes on to the next block when the one in training has settled (:mod:`dfed.strategies.movement`); the global
-model is that of the stage it is in.
+Orders: ``rotate``, as the release: one block a round, in turn, for ever; the global model is the full model. ``elastic``, as
+the text: the server goes on to the next block when the one in training has settled (:mod:`dfed.strategies.movement`); the
+global model is that of the stage it is in.
 
 Deviations: the paper's λ, μ and their schedule are not known to us, nor where the proximal term is taken: they are ours, as is
 the mean by samples, over the tensors that were trained only. The release projects P by three linear layers of 2056, 1024 and

@@ -11,8 +11,8 @@ import numpy as np
 from pydantic import Field
 from torch import Tensor, nn
 
+from dfed.blocks.narrowing import Picker
 from dfed.blocks.width import SubModel, narrow, prefix, scale_activations
-from dfed.blocks.width_rules import Picker
 from dfed.plan import Plan
 from dfed.region import Region
 from dfed.state import ServerState

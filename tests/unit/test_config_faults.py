@@ -84,8 +84,8 @@ def test_all_faults_are_reported_together():
 
 
 KNOWN_AT_THE_TOP = (
-    "known here: backend, checkpoint, client, codecs, cohort, compare, data, exchange, fleet, memory, metrics, model, rounds, sampler, "
-    "seed, server, strategy."
+    "known here: backend, checkpoint, client, codecs, cohort, compare, data, exchange, fleet, memory, metrics, model, rounds, "
+    "sampler, seed, server, strategy."
 )
 ONE_FAULT = [
     # The top level.

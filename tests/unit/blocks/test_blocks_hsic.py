@@ -38,7 +38,8 @@ def test_it_is_what_the_definition_says(seed):
         assert found.dtype == torch.float32
         # Kernels are near 1 and differ in the second digit; float32 leaves four digits of these differences, or more.
         assert float(found) == pytest.approx(naive(first.numpy(), second.numpy()), rel=2e-4, abs=2e-5)
-        assert nhsic(centred_kernel(second), centred_kernel(first)) == pytest.approx(float(found), rel=1e-5)  # other order of sums
+        # The same products, added in another order.
+        assert nhsic(centred_kernel(second), centred_kernel(first)) == pytest.approx(float(found), rel=1e-5)
     assert float(nhsic(centred_kernel(z), centred_kernel(z))) == pytest.approx(1, abs=1e-5)
     h = np.eye(m) - np.ones((m, m)) / m
     # Rounding of float32 in entries near 1.

@@ -49,10 +49,11 @@ def test_the_output_has_the_final_shape_and_stands_in_for_each_block():
         assert len(steps) == layers
         assert steps[-1].out_channels == 512
         assert all((step.stride, step.bias, step.kernel_size) == ((2, 2), None, (3, 3)) for step in steps)
-        features = torch.empty(2, *strategy.problem.chain.output_shapes()[strategy.blocks.blocks[f"b{number}"][-1]], device="meta")
+        shapes = strategy.problem.chain.output_shapes()
+        features = torch.empty(2, *shapes[strategy.blocks.blocks[f"b{number}"][-1]], device="meta")
         for step in steps:
             features = step(features)
-        assert features.shape[1:] == strategy.problem.chain.output_shapes()["layer4_1"]
+        assert features.shape[1:] == shapes["layer4_1"]
 
 
 def test_only_what_is_trained_moves_and_goes_up(small):
