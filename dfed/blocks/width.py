@@ -18,11 +18,10 @@ from torch import Tensor, nn
 
 from dfed.blocks.narrowing import Kept, Narrowing, Picker, all_of
 from dfed.blocks.width_rules import RULES
-from dfed.errors import ConfigError
 from dfed.models import Chain
 from dfed.region import Region, region_of
 
-__all__ = ["SubModel", "inside", "narrow", "prefix", "random_channels", "scale_activations", "why_not_narrow", "window"]
+__all__ = ["SubModel", "inside", "narrow", "prefix", "random_channels", "scale_activations", "window"]
 
 
 @dataclass(frozen=True)
@@ -102,15 +101,6 @@ def inside(inner: SubModel, outer: SubModel) -> dict[str, Region]:
         ]
         found[name] = region_of(axes, whole[name])
     return found
-
-
-def why_not_narrow(chain: Chain) -> str | None:
-    """Why :func:`narrow` refuses this chain; None if it does not."""
-    try:
-        narrow(chain, 0.5)
-    except ConfigError as error:
-        return str(error)
-    return None
 
 
 def _heads(chain: Chain) -> int:

@@ -210,11 +210,7 @@ class Strategy(ABC):
         """Further sub-models to evaluate at the end of a run, such as each width or depth, by name."""
         return {}
 
-    def whole_plan(self, candidate: Candidate) -> Plan:
-        """The plan that holds and trains every block of the chain: full training as configured."""
-        return self.full_plan(candidate.client)
-
     def full_plan(self, client: int = 0) -> Plan:
-        """As :meth:`whole_plan`, for this client."""
+        """The plan that holds and trains every block of the chain: full training as configured."""
         names = self.problem.splitting.names
         return Plan(client=client, hold=names, train=names, phases=self.problem.phases)

@@ -18,4 +18,4 @@ class ExclusiveFL(Strategy):
     """FedAvg over the clients whose memory holds the full training; the others never take part."""
 
     def plan(self, state: ServerState, candidate: Candidate) -> Plan | None:
-        return candidate.planner.best([self.whole_plan(candidate)])
+        return candidate.planner.best([self.full_plan(candidate.client)])

@@ -22,4 +22,4 @@ class FedAvg(Strategy):
     """Federated averaging: everyone trains the full model; sample-weighted mean (McMahan et al. 2017)."""
 
     def plan(self, state: ServerState, candidate: Candidate) -> Plan | None:
-        return self.whole_plan(candidate)
+        return self.full_plan(candidate.client)

@@ -36,6 +36,9 @@ class FedDropout(HeteroFL):
         common = super().details(rate, state, candidate)
         return common if rate == 1 else {**common, "draw": [candidate.round_index, candidate.client]}
 
+    def examples(self) -> list[Mapping[str, Any]]:
+        return [{}, {"draw": [0, 0]}]
+
     def picker(self, rate: float, details: Mapping[str, Any]) -> Picker:
         if "draw" not in details:
             return prefix

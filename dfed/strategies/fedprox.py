@@ -32,7 +32,7 @@ class FedProx(Strategy):
         self.mu = mu
 
     def plan(self, state: ServerState, candidate: Candidate) -> Plan | None:
-        return self.whole_plan(candidate)
+        return self.full_plan(candidate.client)
 
     def receive(self, model: nn.Module, client_state: Mapping[str, Tensor], plan: Plan) -> None:
         model.anchor = [parameter.detach().clone() for parameter in model.parameters()]  # type: ignore[assignment]

@@ -36,5 +36,8 @@ class FedRolex(HeteroFL):
         common = super().details(rate, state, candidate)
         return common if rate == 1 else {**common, "start": candidate.round_index}
 
+    def examples(self) -> list[Mapping[str, Any]]:
+        return [{}, {"start": 1}]
+
     def picker(self, rate: float, details: Mapping[str, Any]) -> Picker:
         return window(details.get("start", 0))

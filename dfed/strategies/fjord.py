@@ -11,9 +11,10 @@ smaller width learns from it: CE(p_max) + α · KL(p_max ‖ p) + (1 − α) · 
 Norm statistics: each width has its own. Clients normalise by the mini-batch and keep none; a width's are worked out from
 training data before it is evaluated.
 
-Deviations: the authors keep statistics of each width while training; those of another width would be of no use here either,
-and those worked out afterwards fit the weights that are evaluated. With distillation p is drawn below p_max, and the weights
-of the terms are ours.
+Deviations: the optimiser steps over all of p_max, so that momentum and weight decay go on moving entries outside p, whose
+gradient is 0. The authors keep statistics of each width while training; those of another width would be of no use here, and
+those worked out afterwards fit the weights that are evaluated. With distillation p is drawn below p_max, and the weights of
+the terms are ours.
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ from typing import Annotated, Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from pydantic import Field
+from pydantic import AfterValidator, Field
 from torch import Tensor, nn
 
 from dfed.plan import Phase, Plan
@@ -33,7 +33,14 @@ from dfed.strategies.width import RATES, Rates, WidthStrategy
 
 __all__ = ["HeteroFL", "Samples", "masked_loss"]
 
-Samples = Annotated[int, Field(ge=0)]
+
+def _not_one(value: int) -> int:
+    if value == 1:
+        raise ValueError("must be 0 (all) or at least 2, for one sample has no variance, but is 1.")
+    return value
+
+
+Samples = Annotated[int, Field(ge=0), AfterValidator(_not_one)]
 """Training samples for the statistics of norms; 0: all."""
 
 

@@ -53,8 +53,9 @@ class WidthStrategy(Strategy):
             self.statistics_samples = statistics_samples or 0
         self._parameters = frozenset(name for name, _ in problem.chain.named_parameters())
         self._sub_models = functools.lru_cache(_KEPT_SUB_MODELS)(self._make)
-        if min(self.rates) < 1:
-            narrow(problem.chain, min(self.rates))  # what cannot be narrowed is said before anything else is done
+        for rate in (rate for rate in self.rates if rate < 1):  # what cannot be narrowed is said before anything else is done
+            for details in self.examples():
+                narrow(problem.chain, rate, self.picker(rate, details))
 
     def training_key(self) -> list[Any]:
         return ["width", self.scaler]
@@ -72,6 +73,10 @@ class WidthStrategy(Strategy):
     def details(self, rate: float, state: ServerState, candidate: Candidate) -> Mapping[str, Any]:
         """What else decides the channels of this client in this round; JSON values."""
         return {}
+
+    def examples(self) -> list[Mapping[str, Any]]:
+        """Details of each kind that :meth:`details` may give."""
+        return [{}]
 
     def picker(self, rate: float, details: Mapping[str, Any]) -> Picker:
         """Which channels a sub-model keeps. Without details: any choice."""

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from dfed import rng
@@ -16,18 +17,22 @@ from dfed.blocks import Splitting
 from dfed.blocks.width import narrow
 from dfed.client import ClientSettings, Forms, Skeleton, run_plan
 from dfed.comm.partial_sums import PartialSums, value_range, weight_scale
+from dfed.errors import ConfigError
 from dfed.fleet import DeviceProfile
 from dfed.memory import predict_course
-from dfed.models import build_chain, materialise
+from dfed.models import Chain, build_chain, materialise
 from dfed.plan import Phase, Plan
 from dfed.planner import Costs
 from dfed.region import WHOLE, Index, Segments, Slices
 from dfed.registry import STRATEGIES
 from dfed.server import Contribution, aggregate
 from dfed.server.optimizers import sgd
+from dfed.settings import settings_of
 from dfed.state import ServerState
 from dfed.strategies import Candidate, Problem
-from dfed.strategies.heterofl import masked_loss
+from dfed.strategies.feddropout import FedDropout
+from dfed.strategies.fedrolex import FedRolex
+from dfed.strategies.heterofl import HeteroFL, masked_loss
 
 torch.set_num_threads(1)
 CPU, CLASSES, SHAPE = torch.device("cpu"), 4, (2, 6, 6)
@@ -438,3 +443,26 @@ def test_the_predicted_peak_does_for_every_draw(model, options, alpha):
             peaks.append(max(predict_course(functools.partial(costs._payload, plan), train)))
         assert len(set(peaks)) > 1 or alpha is not None
         assert costs.peak_bytes_at(plan) >= max(peaks)
+
+
+def test_grouped_convolutions_that_a_window_would_cut_are_refused_at_once():
+    grouped = [("stem", nn.Sequential(nn.Conv2d(1, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1, groups=4))),
+               ("head", nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, CLASSES)))]
+    with torch.device("meta"):
+        chain = Chain(grouped, input_shape=(1, 8, 8), num_classes=CLASSES, name="grouped")
+    this = Problem(chain=chain, splitting=Splitting.by_unit(chain.unit_names), phases=(Phase(batch_size=4, epochs=1),),
+                   num_clients=3, seed=1)
+    HeteroFL(this, rates=[1.0, 0.5, 0.25])  # whole groups
+    for make in (FedRolex, FedDropout):
+        with pytest.raises(ConfigError, match="groups of 2 channels") as caught:
+            make(this, rates=[1.0, 0.5])
+        assert [fault.field for fault in caught.value.faults] == ["stem.1"]
+
+
+@pytest.mark.parametrize("name", ["heterofl", "fedrolex", "feddropout", "fjord"])
+def test_one_sample_makes_no_statistics(name):
+    model = settings_of(STRATEGIES.get(name), ("problem",))
+    assert [model(statistics_samples=number).statistics_samples for number in (0, 2)] == [0, 2]
+    for number in (1, -1):
+        with pytest.raises(ValueError, match="statistics_samples"):
+            model(statistics_samples=number)
