@@ -22,8 +22,10 @@ from typing import Any, TextIO
 
 from rich.console import Console as Terminal
 
+from dfed.compare_settings import LARGEST_SEED, MOST_SEEDS
 from dfed.comparison import Comparison, PlannedRun, check_folder, load_comparison, progress_of
 from dfed.errors import ConfigError, Fault
+from dfed.faults import shown
 from dfed.report import comparison_text as text
 from dfed.report import tables
 from dfed.report.comparison import gather
@@ -88,11 +90,11 @@ def _checked(words: Sequence[str], options: argparse.Namespace) -> tuple[
                                             f"'{options.strategies}'."))
     seeds: int | tuple[int, ...] | None = None
     if options.seeds is not None:
-        numbers = tuple(int(part) for part in options.seeds.split(",")) if re.fullmatch(r"\d+(,\d+)*", options.seeds) else ()
-        if not numbers or len(set(numbers)) < len(numbers) or numbers == (0,) or max(numbers) >= 2**63:
-            message = "must be a number of seeds of at least 1, or different seeds with commas between them (0,1,2)"
-            faults.append(Fault("--seeds", f"{message}, but is '{options.seeds}'."))
-        seeds = numbers if len(numbers) > 1 else next(iter(numbers), 0)
+        seeds = _seeds(options.seeds)
+        if seeds is None:
+            message = (f"must be a number of seeds of at least 1 and at most {MOST_SEEDS}, or as many different seeds of "
+                       f"at most {LARGEST_SEED} with commas between them (0,1,2)")
+            faults.append(Fault("--seeds", f"{message}, but is {shown(options.seeds)}."))
     if not re.fullmatch(r"[1-9]\d{0,5}", options.ranks):
         faults.append(Fault("--ranks", f"must be a whole number of at least 1, but is '{options.ranks}'."))
     if options.out is not None and not options.out.strip():
@@ -101,6 +103,17 @@ def _checked(words: Sequence[str], options: argparse.Namespace) -> tuple[
         raise ConfigError(faults)
     folder = Path(options.out) if options.out else Path("runs") / f"{Path(files[0]).stem}-compare"
     return files[0], folder, names, seeds, int(options.ranks)
+
+
+def _seeds(text: str) -> int | tuple[int, ...] | None:
+    """A number of seeds, or the seeds; None if it is neither."""
+    if not re.fullmatch(r"[0-9]{1,19}(,[0-9]{1,19})*", text):
+        return None
+    numbers = tuple(map(int, text.split(",")))
+    if len(numbers) == 1:
+        return numbers[0] if 1 <= numbers[0] <= MOST_SEEDS else None
+    fits = len(numbers) <= MOST_SEEDS and len(set(numbers)) == len(numbers) and max(numbers) <= LARGEST_SEED
+    return numbers if fits else None
 
 
 def _command(words: Sequence[str], options: argparse.Namespace) -> str:

@@ -10,10 +10,16 @@ from typing import Any
 from dfed.errors import Fault
 from dfed.faults import shown, unknown_setting
 
-__all__ = ["DEFAULT_SEEDS", "CompareSettings", "EntrySettings", "check_compare"]
+__all__ = ["DEFAULT_SEEDS", "LARGEST_SEED", "MOST_SEEDS", "CompareSettings", "EntrySettings", "check_compare", "check_labels"]
 
 DEFAULT_SEEDS = 3
 """Number of seeds where the config names none."""
+
+MOST_SEEDS = 1000
+"""Each is a run of every entry."""
+
+LARGEST_SEED = 2**63 - 1
+"""What a run accepts."""
 
 _KEYS = ("reference", "seeds", "strategies", "target_accuracy")
 _LABEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,63}")
@@ -75,11 +81,13 @@ def check_compare(raw: Any, faults: list[Fault]) -> CompareSettings | None:
 
 
 def _seeds(raw: Any, faults: list[Fault]) -> int | tuple[int, ...]:
-    if type(raw) is int and raw >= 1:
+    if type(raw) is int and 1 <= raw <= MOST_SEEDS:
         return raw
-    if isinstance(raw, list) and raw and all(type(seed) is int and seed >= 0 for seed in raw) and len(set(raw)) == len(raw):
+    if (isinstance(raw, list) and 1 <= len(raw) <= MOST_SEEDS
+            and all(type(seed) is int and 0 <= seed <= LARGEST_SEED for seed in raw) and len(set(raw)) == len(raw)):
         return tuple(raw)
-    message = "must be a number of seeds of at least 1, or a list of different seeds of at least 0"
+    message = (f"must be a number of seeds of at least 1 and at most {MOST_SEEDS}, or a list of as many different seeds of at "
+               f"least 0 and at most {LARGEST_SEED}")
     faults.append(Fault("compare.seeds", f"{message}, but is {shown(raw)}."))
     return DEFAULT_SEEDS
 
@@ -90,7 +98,7 @@ def _entries(raw: Any, faults: list[Fault]) -> list[EntrySettings]:
         return []
     found = [_entry(part, f"compare.strategies[{number}]", faults) for number, part in enumerate(raw)]
     entries = [entry for entry in found if entry is not None]
-    _check_labels([(f"compare.strategies[{number}]", entry) for number, entry in enumerate(found) if entry is not None], faults)
+    check_labels([(f"compare.strategies[{number}]", entry) for number, entry in enumerate(found) if entry is not None], faults)
     return entries
 
 
@@ -115,14 +123,23 @@ def _entry(raw: Any, field: str, faults: list[Fault]) -> EntrySettings | None:
     return EntrySettings(label=label, strategy=strategy, settings=dict(settings))
 
 
-def _check_labels(entries: Sequence[tuple[str, EntrySettings]], faults: list[Fault]) -> None:
-    """Labels must differ, as folders do on every system, and be usable as folder names."""
-    taken: dict[str, str] = {}
+def check_labels(entries: Sequence[tuple[str, EntrySettings]], faults: list[Fault]) -> None:
+    """Labels must differ, as folders do on every system, and be usable as folder names.
+
+    Args:
+        entries: Each with the field that it stands in; those of the command line stand in one together.
+    """
+    taken: dict[str, tuple[str, EntrySettings]] = {}
     for field, entry in entries:
+        own, label = not field.startswith("--"), shown(entry.label)
+        other = taken.setdefault(entry.label.lower(), (field, entry))
         if not _LABEL.fullmatch(entry.label):
-            message = "must be at most 64 of the characters A–Z a–z 0–9 . _ + -, the first a letter or digit"
-            faults.append(Fault(f"{field}.label", f"{message}, but is {shown(entry.label)}."))
-        elif entry.label.lower() in taken:
-            message = f"must differ from that of {taken[entry.label.lower()]}, but is {shown(entry.label)} too; give a `label`."
-            faults.append(Fault(f"{field}.label", message))
-        taken.setdefault(entry.label.lower(), field)
+            message = "at most 64 of the characters A–Z a–z 0–9 . _ + -, the first a letter or digit"
+            wanted = f"must be {message}, but is {label}." if own else f"must give labels of {message}, but gives {label}."
+            faults.append(Fault(f"{field}.label" if own else field, wanted))
+        elif other[1] is not entry and own:
+            faults.append(Fault(f"{field}.label", f"must differ from that of {other[0]}, but is {label} too; give a `label`."))
+        elif other[1] is not entry:
+            names = " and ".join(shown(each.strategy["name"]) for each in (other[1], entry))
+            message = f"must give different labels, but {names} are both {label}; list them in the config, with a `label` each."
+            faults.append(Fault(field, message))

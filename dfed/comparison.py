@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from dfed.compare_settings import CompareSettings, EntrySettings, check_compare
+from dfed.compare_settings import LARGEST_SEED, MOST_SEEDS, CompareSettings, EntrySettings, check_compare, check_labels
 from dfed.config import Config, load_config
 from dfed.errors import ConfigError, Fault
 from dfed.faults import shown
@@ -63,7 +63,7 @@ def load_comparison(path: str | Path, overrides: Sequence[str] = (), *, strategi
     Args:
         overrides: ``key.sub=value``, of the config that all share or of its group ``compare``.
         strategies: Only the entries of these labels or strategies; names that are neither are strategies with their defaults.
-        seeds: Instead of the config's.
+        seeds: Instead of the config's, at most 1,000.
 
     Raises:
         ConfigError: With all faults there are, of the shared config, of the group, and of every entry.
@@ -79,19 +79,32 @@ def load_comparison(path: str | Path, overrides: Sequence[str] = (), *, strategi
     entries = _chosen(compare, strategies)
     if not entries:
         faults.append(Fault("compare.strategies", "must be given, here or by --strategies, but is not."))
+    if strategies is not None:
+        check_labels(entries, faults)
     configs = {entry.label: _config(raw, entry, field, shared, faults) for field, entry in entries}
+    wanted, field = (compare.seeds, "compare.seeds") if seeds is None else (seeds, "--seeds")
+    numbers = _seeds(raw.get("seed", 0), wanted, field, faults)
     if faults:
         raise ConfigError(faults)
     labels = tuple(configs)
-    first = raw.get("seed", 0)
-    wanted = compare.seeds if seeds is None else seeds
-    numbers = tuple(range(first, first + wanted)) if isinstance(wanted, int) else wanted
     runs = [PlannedRun(label=label, seed=seed, config=replace(config, seed=seed))
             for seed in numbers for label, config in configs.items() if config is not None]
     return Comparison(
         labels=labels, seeds=numbers, runs=tuple(runs), target_accuracy=compare.target_accuracy,
         reference=compare.reference if compare.reference in labels else labels[0],
     )
+
+
+def _seeds(first: Any, wanted: int | tuple[int, ...], field: str, faults: list[Fault]) -> tuple[int, ...]:
+    """The seeds themselves; a fault if a run would not take one of them. What is wrong with ``first`` is noted already."""
+    if not isinstance(wanted, int):
+        return wanted
+    if type(first) is not int or not 0 <= first <= LARGEST_SEED:
+        return ()
+    if first + wanted - 1 > LARGEST_SEED:
+        message = f"must be at most {LARGEST_SEED - first + 1}, as seeds start at `seed` ({first}), but is {wanted}."
+        faults.append(Fault(field, message))
+    return tuple(range(first, first + min(wanted, MOST_SEEDS)))
 
 
 def _faults_of(raw: Mapping[str, Any]) -> list[Fault]:

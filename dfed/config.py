@@ -128,7 +128,8 @@ class Config:
 
         Not part of it: where data lie, how ranks talk, what is measured and saved, how many failures end the run, and the
         number of rounds, which may be extended unless the learning rate follows it, or the sampler does (``tifl``, for which
-        evaluations count too).
+        evaluations count too). Where a strategy's norm statistics are worked out anew, the mini-batches in which that is done
+        are part of it.
         """
         value = self.to_dict()
         for name in ("backend", "metrics", "checkpoint", "exchange"):
@@ -139,9 +140,11 @@ class Config:
         value["device"] = device
         value["threads"] = self.backend.threads  # sums inside kernels depend on how they are shared out
         if self.sampler.name == "tifl":  # counts its credits by the rounds, and goes by what evaluations say
-            value["evaluated"] = [self.metrics.every, self.metrics.split]
+            value["evaluated"] = self.metrics.every
         elif self.client.schedule.name != "cosine":
             del value["rounds"]
+        if "statistics_samples" in self.strategy.options:  # the last model holds them
+            value["statistics"] = self.metrics.batch_size
         if self.fleet.csv is not None:
             path = Path(self.fleet.csv)  # what it holds counts, not where it lies; a missing file is the fleet's to report
             value["fleet"]["csv"] = hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
@@ -262,6 +265,11 @@ def _cross_check(raw: Mapping[str, Any], faults: list[Fault]) -> None:
     cohort, clients = raw.get("cohort"), _within(raw, "fleet", "clients")
     if type(cohort) is int and type(clients) is int and cohort > clients >= 1:
         faults.append(Fault("cohort", f"must be at most `fleet.clients` ({clients}), but is {shown(cohort)}."))
+    sampler = raw.get("sampler")
+    if "tifl" in (sampler, _within(raw, "sampler", "name")) and _within(raw, "metrics", "split") in (None, "test"):
+        message = ("must be 'validation' with `sampler: tifl`, whose draws follow the accuracy (and `data.validation_fraction` "
+                   "above 0), but is 'test'.")
+        faults.append(Fault("metrics.split", message))
     if _within(raw, "metrics", "split") == "validation" and _within(raw, "data", "validation_fraction") in (None, 0):
         message = "must be 'test' unless `data.validation_fraction` is above 0, but is 'validation'."
         faults.append(Fault("metrics.split", message))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -15,31 +14,27 @@ from dfed.comm.partial_sums import PartialSums, weight_scale
 from dfed.drawing import note_evaluation
 from dfed.errors import UpdateRejected
 from dfed.plan import Plan
+from dfed.round import no_answer
 from dfed.run import Run
 from dfed.state import ServerState
 
 __all__ = ["evaluate", "evaluate_variants", "follow_evaluation"]
 
-logger = logging.getLogger(__name__)
-
-
 def evaluate(run: Run, state: ServerState) -> tuple[ServerState, Evaluation]:
     """Evaluate the global model on all ranks (collective: the others call :func:`follow_evaluation`).
 
+    If the strategy's clients keep no norm statistics, the figures are of the model with statistics that are worked out for it.
+
     Returns:
-        The state, with the norm statistics that were worked out for it if the strategy's clients keep none, and with what the
-        sampler makes of the figures; and the figures.
+        The state, with what the sampler makes of the figures, and after the run's last round with those statistics: between
+        rounds they are nobody's business, and a run that was stopped there must go on like any other. And the figures.
+
+    Raises:
+        ExchangeFailed: If the server failed while the others were at work; they cannot be told.
     """
-    plan = run.job.strategy.evaluated(state)
-    statistics = _statistics(run, plan, state.params, state.round_index)
-    regions = run.job.forms.of(plan).regions
-    params = dict(state.params)
-    for name, value in statistics.items():
-        params[name] = params[name].clone()
-        regions[name].put_(params[name], value)
-    if statistics:
+    params, found = _evaluate(run, run.job.strategy.evaluated(state), state)
+    if state.round_index == run.config.rounds:
         state = replace(state, params=params)
-    found = _evaluate(run, plan, state.params, state.round_index)
     if state.round_index % run.config.metrics.every == 0:  # where a run was only cut short, an undisturbed one knows nothing
         state = note_evaluation(run.job.sampler, state, found.accuracy_on)
     return state, found
@@ -47,14 +42,7 @@ def evaluate(run: Run, state: ServerState) -> tuple[ServerState, Evaluation]:
 
 def evaluate_variants(run: Run, state: ServerState) -> dict[str, Evaluation]:
     """Evaluate the sub-models that the strategy names, likewise (collective)."""
-    found = {}
-    for name, plan in run.job.strategy.variants(state).items():
-        params = dict(state.params)
-        for tensor, value in _statistics(run, plan, params, state.round_index).items():
-            params[tensor] = params[tensor].clone()
-            run.job.forms.of(plan).regions[tensor].put_(params[tensor], value)
-        found[name] = _evaluate(run, plan, params, state.round_index)
-    return found
+    return {name: _evaluate(run, plan, state)[1] for name, plan in run.job.strategy.variants(state).items()}
 
 
 def follow_evaluation(run: Run, order: Message) -> None:
@@ -65,10 +53,18 @@ def follow_evaluation(run: Run, order: Message) -> None:
         _sums(run, order)
 
 
-def _evaluate(run: Run, plan: Plan, params: Mapping[str, Tensor], round_index: int) -> Evaluation:
-    shards = _shard(run, run.transport.broadcast(_order(run, "evaluate", plan, params, round_index)))
+def _evaluate(run: Run, plan: Plan, state: ServerState) -> tuple[Mapping[str, Tensor], Evaluation]:
+    """The global model with the norm statistics that the plan's sub-model was evaluated with, and the figures."""
+    statistics, refused = _statistics(run, plan, state)
+    params, regions = dict(state.params), run.job.forms.of(plan).regions
+    for name, value in statistics.items():
+        params[name] = params[name].clone()
+        regions[name].put_(params[name], value)
+    order = run.transport.broadcast(_order(run, "evaluate", plan, params, state.round_index))
+    with no_answer(run.transport):
+        shards = _shard(run, order)
     assert shards is not None, "the server gathers"
-    return combine(shards)
+    return params, replace(combine(shards), refused=refused)
 
 
 def _shard(run: Run, order: Message) -> list[Any] | None:
@@ -79,16 +75,20 @@ def _shard(run: Run, order: Message) -> list[Any] | None:
     return None if parts is None else [part["batches"] for part in parts]
 
 
-def _statistics(run: Run, plan: Plan, params: Mapping[str, Tensor], round_index: int) -> dict[str, Tensor]:
-    """Norm statistics of the plan's sub-model, worked out anew; nothing if its clients send theirs, or if it has none."""
+def _statistics(run: Run, plan: Plan, state: ServerState) -> tuple[dict[str, Tensor], str | None]:
+    """Norm statistics of the plan's sub-model, worked out anew; nothing if its clients send theirs, or if it has none.
+
+    Nor if they cannot be used: then also why.
+    """
     if run.job.strategy.statistics_samples is None or not run.evaluator.statistics_shapes(plan):
-        return {}
-    sums, refused = _sums(run, run.transport.broadcast(_order(run, "statistics", plan, params, round_index)))
+        return {}, None
+    order = run.transport.broadcast(_order(run, "statistics", plan, state.params, state.round_index))
+    with no_answer(run.transport):
+        sums, refused = _sums(run, order)
     if refused:
-        logger.warning("round %d: the norms' statistics stay as they were: %s", round_index, refused[0])
-        return {}
+        return {}, refused[0]
     num_batches = run.evaluator.num_statistics_batches()
-    return {name: (sums[name] / (num_batches * weight_scale(num_batches))).float() for name in sums.shapes}
+    return {name: (sums[name] / (num_batches * weight_scale(num_batches))).float() for name in sums.shapes}, None
 
 
 def _sums(run: Run, order: Message) -> tuple[PartialSums, list[str]]:

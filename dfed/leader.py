@@ -79,7 +79,8 @@ class Leader:
         self._run, self._folder, self._config = run, folder, run.config
         self.state = state or self._first_state()
         self._home = self._clients_home()
-        self._saved, self._stopped, self._warned_empty = self.state.round_index, False, False
+        self._saved, self._stopped = self.state.round_index, False
+        self._warned_empty = self._warned_stale = False
         self._evaluation: Evaluation | None = None
         self._console = Console(run.config, run.job, run.link)
         self._console.started(folder.path, self.state.round_index, time.perf_counter() - start)
@@ -100,7 +101,11 @@ class Leader:
                 self.round()
             if self._evaluation is None:
                 self.state, self._evaluation = evaluate(self._run, self.state)
-            variants = evaluate_variants(self._run, self.state)
+                self._warn_if_stale(self._evaluation)
+            # The launcher that asked to stop kills after a while: what is not needed to go on is left out.
+            variants = {} if self._stopped else evaluate_variants(self._run, self.state)
+            for evaluation in variants.values():
+                self._warn_if_stale(evaluation)
             self.dismiss()
         except Exception as error:
             self._rescue(error)
@@ -136,13 +141,19 @@ class Leader:
         done = state.round_index
         self._stopped = result.stop_requested
         last = self._stopped or done == config.rounds
-        if done % config.metrics.every == 0 or last:
+        due = done % config.metrics.every == 0 or done == config.rounds
+        if due or last:
             begun = time.perf_counter()
             state, self._evaluation = evaluate(self._run, state)
             result.row.update(
                 accuracy=self._evaluation.accuracy, loss=self._evaluation.loss, evaluation_s=time.perf_counter() - begun
             )
-        self.state = replace(state, totals=add_totals(state.totals, result.row, result.clients))
+            if self._evaluation.refused is not None:
+                result.row["statistics"] = "stale"
+                self._warn_if_stale(self._evaluation)
+        # An evaluation that comes of being stopped must not count when the run goes on.
+        counted = result.row if due else {**result.row, "statistics": None}
+        self.state = replace(state, totals=add_totals(state.totals, counted, result.clients))
         self._writer.write(result.row, result.clients)
         self._console.round_done(result.row)
         if not result.row["clients"]["completed"] and not self._warned_empty:
@@ -153,6 +164,12 @@ class Leader:
         self._stopped = (self._stopped or self._run.job.stop_requested()) and done < config.rounds
         if done % config.checkpoint.every == 0 or last or self._stopped:
             self._save()
+
+    def _warn_if_stale(self, evaluation: Evaluation) -> None:
+        if evaluation.refused is not None and not self._warned_stale:
+            self._warned_stale = True
+            logger.warning("the model is evaluated with the norms' first statistics, as none can be worked out for it: %s "
+                           "(said once)", evaluation.refused)
 
     def _save(self) -> None:
         settings = self._config.checkpoint

@@ -46,6 +46,7 @@ def empty_totals(tier_names: Sequence[str]) -> dict[str, Any]:
         "time_s": 0.0,
         "sim_time_s": 0.0,
         "energy_j": 0.0,
+        "stale_statistics": 0,
     }
 
 
@@ -58,6 +59,7 @@ def add_totals(totals: Mapping[str, Any], row: Mapping[str, Any], clients: Seque
         new["bytes"][name] += row["bytes"][name]
     for name in ("time_s", "sim_time_s", "energy_j"):
         new[name] += row[name]
+    new["stale_statistics"] += row.get("statistics") == "stale"
     for client in clients:
         tier = new["tiers"][client["tier"]]
         tier["selected"] += 1

@@ -12,17 +12,17 @@ from functools import partial
 from typing import Any
 
 from dfed.cohort import Cohort, Job, choose_cohort, client_rows, encode_order, round_row
-from dfed.comm import Message, wire
+from dfed.comm import Message, Transport, wire
 from dfed.comm.partial_sums import PartialSums
 from dfed.drawing import advance, begin
-from dfed.errors import DfedError, ExchangeFailed, SumsLost, TooManyFailures, UpdateRejected, WireError
+from dfed.errors import ExchangeFailed, RankLost, SumsLost, TooManyFailures, UpdateRejected, WireError
 from dfed.plan import Plan
 from dfed.planner import learn
 from dfed.registry import calling
 from dfed.server import Contribution, aggregate
 from dfed.state import ServerState
 
-__all__ = ["RoundResult", "lead_round", "take_part"]
+__all__ = ["RoundResult", "lead_round", "no_answer", "take_part"]
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ def lead_round(job: Job, state: ServerState) -> RoundResult:
     order = job.transport.broadcast(encode_order(job, state, cohort))
 
     # 3. to 5. The ranks train their clients; sums and reports come up.
-    with _no_answer(job):
+    with no_answer(job.transport):
         sums, parts = take_part(job, order)
     assert parts is not None, "the server gathers"
     reports = sorted((report for part in parts for report in part["reports"]), key=lambda report: report["client"])
@@ -88,14 +88,18 @@ def lead_round(job: Job, state: ServerState) -> RoundResult:
 
 
 @contextmanager
-def _no_answer(job: Job) -> Iterator[None]:
-    """While updates cross, the other ranks listen to nothing else: an error of the server's must not wait for them."""
+def no_answer(transport: Transport) -> Iterator[None]:
+    """Between an order and its answers the other ranks listen to nothing else: an error of the server's must not wait for them.
+
+    Raises:
+        ExchangeFailed: In place of any error that does not say itself that the ranks cannot be reached.
+    """
     try:
         yield
-    except (DfedError, KeyboardInterrupt):
+    except (RankLost, WireError, SumsLost, ExchangeFailed):
         raise
     except Exception as error:
-        if job.transport.size == 1:
+        if transport.size == 1:
             raise
         raise ExchangeFailed(f"the server could not take what the ranks sent: {type(error).__name__}: {error}") from error
 

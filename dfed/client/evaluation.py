@@ -40,12 +40,14 @@ class Evaluation:
         loss: Mean cross-entropy.
         accuracy: Share of samples whose largest logit is their class.
         correct, count: Right answers and samples, by class, int64.
+        refused: Why norm statistics, where they are to be worked out for the model, could not be; None if they were.
     """
 
     loss: float
     accuracy: float
     correct: np.ndarray
     count: np.ndarray
+    refused: str | None = None
 
     def accuracy_on(self, mix: np.ndarray | None) -> float:
         """Accuracy on held-out samples weighted to the class mix ``mix`` (a histogram, any scale; None: as they are).

@@ -35,7 +35,7 @@ DEFAULT_CODEC = "fp32"
 
 
 _NONE: Mapping[str, Tensor] = {}
-_MOST_FORMS = 4096
+_MOST_FORMS = 256  # of channels drawn for one client and round, a form of a large model takes hundreds of KiB
 
 
 @dataclass(frozen=True)

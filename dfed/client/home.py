@@ -130,9 +130,18 @@ class ClientHome:
 _ERROR, _OWN = "error/", "own/"
 
 
-def own_state(kept: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What a strategy has a client remember."""
-    return {name.removeprefix(_OWN): value for name, value in kept.items() if name.startswith(_OWN)}
+def own_state(kept: Mapping[str, Tensor], form: Form, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
+    """What a strategy has a client remember, without what bears the name of a global tensor that the client does not hold now.
+
+    That would take the client's memory in vain; :func:`next_state` keeps it.
+
+    Args:
+        kept: All of the client's state.
+        form: Of the plan that the client carries out.
+        shapes: Of the global tensors.
+    """
+    own = {name.removeprefix(_OWN): value for name, value in kept.items() if name.startswith(_OWN)}
+    return {name: value for name, value in own.items() if name in form.regions or name not in shapes}
 
 
 def errors_of(kept: Mapping[str, Tensor], form: Form) -> dict[str, Tensor]:
@@ -147,11 +156,12 @@ def next_state(kept: Mapping[str, Tensor], remembered: Mapping[str, Tensor], lef
 
     Args:
         kept: Its state before.
-        remembered: What the strategy has it remember.
+        remembered: What the strategy has it remember; what :func:`own_state` left out stays besides.
         left_out: What the codecs left out, of each tensor that went up in a codec that leaves something out.
         shapes: Of the global tensors: what was left out of other parts of them stays.
     """
-    state = {name: value for name, value in kept.items() if name.startswith(_ERROR)}
+    given = {_OWN + name for name in own_state(kept, form, shapes)}
+    state = {name: value for name, value in kept.items() if name not in given}
     for name, value in left_out.items():
         whole = state.get(_ERROR + name, torch.zeros(())).expand(shapes[name]).clone()
         form.regions[name].put_(whole, value)

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 
 from dfed.client.settings import ClientSettings, make_optimizer
 from dfed.models import Chain
@@ -165,9 +166,8 @@ def run_plan(
         optimizer.zero_grad(set_to_none=True)
     wanted.change_to(None)
     update = _update(strategy, plan, model, regions)
-    if strategy.keeps_state:
-        client_state = _checked(strategy.remember(model, client_state, plan))
-    return LocalResult(update, client_state, count.loss_sum, count.loss_square_sum, count.num_visits, count.num_steps)
+    kept = _checked(strategy.remember(model, client_state, plan)) if strategy.keeps_state else client_state
+    return LocalResult(update, kept, count.loss_sum, count.loss_square_sum, count.num_visits, count.num_steps)
 
 
 class _Count:
@@ -199,7 +199,11 @@ class _Wanted:
         return [parameter for _, parameter in self._all if parameter.requires_grad]
 
     def change_to(self, phase: Phase | None) -> bool:
-        """Freeze what ``phase`` (None: no phase) does not train, and thaw what it does; whether that changed anything."""
+        """Freeze what ``phase`` (None: no phase) does not train, and thaw what it does; whether that changed anything.
+
+        Where the phase names what it trains, norms without a trained parameter of their own are frozen with the rest, also
+        inside a unit of which another layer is trained.
+        """
         before, self._now = self._now, None if phase is None else phase.train
         if self._now == before:
             return False
@@ -207,6 +211,10 @@ class _Wanted:
             parameter.requires_grad_(self._now is None or self._block_of(name) in self._now)
         for name, child in self._model.named_children():
             child.train(self._now is None or self._block_of(name) in self._now)
+        if self._now is not None:
+            for norm in self._model.modules():
+                if isinstance(norm, _NormBase) and norm.affine and not any(own.requires_grad for own in norm.parameters()):
+                    norm.eval()
         return True
 
 

@@ -8,10 +8,8 @@ import logging
 import math
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,13 +18,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dfed import rng
+from dfed.client.down import Down
 from dfed.client.forms import Form, Forms, nothing
-from dfed.client.home import ClientHome, errors_of, next_state, own_state
+from dfed.client.home import errors_of, next_state, own_state
 from dfed.client.report import ClientReport
 from dfed.client.settings import ClientSettings, make_optimizer
 from dfed.client.thread import TrainingThread
 from dfed.client.training import Skeleton, rehearse, run_plan
-from dfed.comm import wire
 from dfed.comm.partial_sums import PartialSums, check_values
 from dfed.comm.wire import Message
 from dfed.data import AUGMENTATIONS, Dataset, Partition, client_batches
@@ -40,24 +38,6 @@ logger = logging.getLogger(__name__)
 
 _LOOKED_AT = 4096
 _MOST_SKELETONS = 64
-
-
-@dataclass(frozen=True)
-class _Down:
-    """What one round's broadcast says, decoded once for all clients of the rank.
-
-    Attributes:
-        received: What clients get, by ``Plan.shape_key``: the same for all of one plan.
-    """
-
-    round_index: int
-    values: Mapping[tuple[str, str], Tensor]
-    scale: float
-    ranges: Mapping[str, float]
-    rate_factor: float
-    per_client: bool
-    home: ClientHome | None
-    received: dict[str, dict[str, Tensor]]
 
 
 class Worker:
@@ -111,7 +91,7 @@ class Worker:
         optimizer.step()
 
     def work(
-        self, message: Message, tasks: Iterable[Mapping[str, Any]], sums: PartialSums, deliver: Callable[[Message], None]
+        self, message: Message, tasks: Sequence[Mapping[str, Any]], sums: PartialSums, deliver: Callable[[Message], None]
     ) -> list[dict[str, Any]]:
         """Play the clients of ``tasks`` for the round that ``message`` describes.
 
@@ -126,15 +106,8 @@ class Worker:
         Returns:
             The clients' reports as JSON values.
         """
-        meta = message.meta
-        values = wire.decode_all(message, seed=self._seed)
-        home = None if meta["clients_folder"] is None else ClientHome(Path(meta["clients_folder"]))
-        down = _Down(meta["round"], values, meta["scale"], meta["ranges"], meta["rate_factor"],
-                     meta["exchange"] == "per_client", home, {})
-        if home is not None and not home.folder.is_dir():
-            raise CheckpointError(f"clients remember something from round to round, in {home.folder}, which every rank must "
-                                  "reach, but this one does not: put the run folder (--out) where all nodes see it.")
-        plans = [Plan.from_json(plan) for plan in meta["plans"]]
+        plans = [Plan.from_json(plan) for plan in message.meta["plans"]]
+        down = Down.of(message, [plans[task["plan"]] for task in tasks], seed=self._seed)
         reports = []
         for task in tasks:
             report, update = self._play(plans[task["plan"]].for_client(task["client"]), task, down, sums)
@@ -144,17 +117,16 @@ class Worker:
         return reports
 
     def _play(
-        self, plan: Plan, task: Mapping[str, Any], down: _Down, sums: PartialSums
+        self, plan: Plan, task: Mapping[str, Any], down: Down, sums: PartialSums
     ) -> tuple[ClientReport, Message | None]:
         form, budget_bytes = self._forms.of(plan), task.get("budget_bytes")
         kept = {} if down.home is None else down.home.load(plan.client, task.get("state"))
         report = ClientReport(client=plan.client, bytes_down=form.down_bytes(down.round_index, plan.client), bytes_up={})
         start, update, cap_bytes = time.perf_counter(), None, budget_bytes if self._cap.enforces else None
         try:
-            base = down.received.get(plan.shape_key())
-            if base is None:
-                base = down.received[plan.shape_key()] = form.received(down.values)
-            train = partial(self._train, plan, form, base, task, down, report, own_state(kept))
+            base = down.payload(plan, form)
+            own = own_state(kept, form, self._shapes)
+            train = partial(self._train, plan, form, base, task, down, report, own)
             tensors, remembered = self._thread.run_under(self._cap, train)
             cap_bytes = None  # what fails from here on is no fault of the device's
             report.bytes_up = form.up_bytes(down.round_index, plan.client)
@@ -189,7 +161,7 @@ class Worker:
             if report.reason in ("oom", "host_memory"):
                 self._thread.replace()
             update = None
-            self._warn(down.round_index, report, (plan.shape_key(), budget_bytes))
+            self._warn(down.round_index, report, (plan.cost_key(), budget_bytes))
         return report, update
 
     def _unload(self, plan: Plan) -> None:
@@ -209,7 +181,7 @@ class Worker:
         self._skeletons.move_to_end(key)
         return self._skeletons[key]
 
-    def _train(self, plan: Plan, form: Form, values: Mapping[str, Tensor], task: Mapping[str, Any], down: _Down,
+    def _train(self, plan: Plan, form: Form, values: Mapping[str, Tensor], task: Mapping[str, Any], down: Down,
                report: ClientReport, client_state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         budget_bytes = task.get("budget_bytes")
         skeleton = self._empty_skeleton(plan)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import platform
 import subprocess
@@ -29,6 +30,8 @@ from dfed.state import ServerState
 from dfed.yaml_io import dump_yaml
 
 __all__ = ["CHECKPOINTS", "RunFolder"]
+
+logger = logging.getLogger(__name__)
 
 CHECKPOINTS = "checkpoint"
 """Name of the folder, inside a run folder, that holds the checkpoints."""
@@ -137,7 +140,7 @@ class RunFolder:
             "split": config.metrics.split,
             "accuracy": evaluation.accuracy if evaluation else None,
             "loss": evaluation.loss if evaluation else None,
-            "variants": {name: {"accuracy": found.accuracy, "loss": found.loss} for name, found in variants.items()},
+            "variants": {name: _figures(found) for name, found in variants.items()},
             "params_sha256": params_sha256(state.params),
             "num_params": sum(value.numel() for name, value in state.params.items() if name not in job.buffers),
             "num_samples": int(job.partition.sizes().sum()),
@@ -151,6 +154,7 @@ class RunFolder:
             "time_s": totals["time_s"],
             "sim_time_s": totals["sim_time_s"],
             "energy_j": totals["energy_j"],
+            "stale_statistics": totals["stale_statistics"],
         }
         self._write("summary.json", summary)
         return summary
@@ -164,14 +168,22 @@ class RunFolder:
 def _full_training(config: Config, job: Job) -> tuple[int | None, int | None]:
     """Of training the full model plainly, as configured: the predicted peak, and the smallest budget that is sure to do.
 
-    None where no prediction can be made, as for a model that only a strategy's own parts of it can train.
+    None where no prediction can be made, as for a model that only a strategy's own parts of it can train: whatever such a model
+    raises, the run is done, and has its summary.
     """
     try:
         full = Planning(config, job.strategy.problem.chain, Choice("fedavg", {}), num_clients=1,
                         device=choose_device(config.backend))
         return full.costs.peak_bytes(full.full_plan()), full.full_budget_bytes()
-    except ValueError:
+    except Exception as error:
+        logger.warning("what plain training of the full model needs cannot be predicted: %s: %s", type(error).__name__, error)
         return None, None
+
+
+def _figures(found: Evaluation) -> dict[str, Any]:
+    """Of a sub-model."""
+    figures: dict[str, Any] = {"accuracy": found.accuracy, "loss": found.loss}
+    return figures if found.refused is None else {**figures, "statistics": "stale"}
 
 
 def _tier(job: Job, name: str, totals: Mapping[str, Any], evaluation: Evaluation | None) -> dict[str, Any]:

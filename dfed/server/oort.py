@@ -42,12 +42,13 @@ class Oort(StatefulSampler):
     """Clients with a high training loss for the time they take, and some never asked before (Oort).
 
     State: ``clients``, of each that took part ``[utility, round, seconds]`` (rounds from 1) under its number as text;
-    ``preferred_s``, T, and ``step_s``, by which it grows, None while no client is known to have a plan; ``window`` and
-    ``before``, sums of the utilities in this window and the one before.
+    ``preferred_s``, T, and ``step_s``, by which it grows; ``window`` and ``before``, sums of the utilities in this window and
+    the one before. Empty while no time is known.
 
     Args:
         window: Rounds W of the pacer.
-        percentile: T starts at this percentile of predicted times, of up to 1,000 clients with a plan.
+        percentile: T starts at this percentile of predicted times, of up to 1,000 clients with a plan; if none of them has one,
+            of the first clients that complete a round.
     """
 
     def __init__(
@@ -58,8 +59,12 @@ class Oort(StatefulSampler):
     def init(self, view: View) -> Mapping[str, Any]:
         """The preferred duration, from the predicted times of a keyed sample of the fleet."""
         sample = islice(keyed_walk(view.num_clients, view.seed, "oort profile"), _PROFILED)
-        times = [cost for cost in map(view.cost, sample) if cost is not None]
-        preferred = float(np.percentile(times, self._percentile)) if times else None
+        return self._first([cost for cost in map(view.cost, sample) if cost is not None])
+
+    def _first(self, times: Sequence[float]) -> Mapping[str, Any]:
+        if not times:
+            return {}
+        preferred = float(np.percentile(times, self._percentile))
         return {"clients": {}, "preferred_s": preferred, "step_s": preferred, "window": 0.0, "before": None}
 
     def cohort(self, state: Mapping[str, Any], view: View, *, size: int, admit: Callable[[int], bool]) -> list[int]:
@@ -89,17 +94,20 @@ class Oort(StatefulSampler):
             str(client["client"]): [_utility(client), view.round_index + 1, client["sim_time_s"]]
             for client in clients if client["status"] == "completed" and math.isfinite(client["loss_rms"])
         }
+        state = state or self._first([seconds for _, _, seconds in seen.values()])
+        if not state:
+            return {}
         new = {**state, "clients": {**state["clients"], **seen}}
         new["window"] = state["window"] + math.fsum(utility for utility, _, _ in seen.values())
         if (view.round_index + 1) % self._window == 0:
-            if state["before"] is not None and new["window"] < state["before"] and state["preferred_s"] is not None:
+            if state["before"] is not None and new["window"] < state["before"]:
                 new["preferred_s"] = state["preferred_s"] + state["step_s"]
             new["before"], new["window"] = new["window"], 0.0
         return new
 
     def _explore(self, state: Mapping[str, Any], view: View, count: int, admit: Callable[[int], bool]) -> list[int]:
         """Up to ``count`` clients that never took part, the next one in proportion to its speed, out of ten times as many."""
-        explored = state["clients"]
+        explored = state.get("clients", {})
         if count <= 0 or len(explored) >= view.num_clients:
             return []
         unexplored = (client for client in keyed_walk(view.num_clients, view.seed, "oort explore", view.round_index)
@@ -116,14 +124,14 @@ def exploration(round_index: int) -> float:
 
 
 def scores(
-    utilities: np.ndarray, last_rounds: np.ndarray, times: np.ndarray, *, round_number: int, preferred_s: float | None
+    utilities: np.ndarray, last_rounds: np.ndarray, times: np.ndarray, *, round_number: int, preferred_s: float
 ) -> np.ndarray:
     """What explored clients promise.
 
     Args:
         utilities, last_rounds, times: Statistical utility, round (from 1) and seconds of each when it last took part, (n,).
         round_number: The round that is drawn, from 1.
-        preferred_s: The preferred duration T; None: no client is too slow.
+        preferred_s: The preferred duration T.
 
     Returns:
         float64 (n,), none negative.
@@ -132,14 +140,12 @@ def scores(
     low, high = clipped.min(), clipped.max()
     normalised = (clipped - low) / (high - low) if high > low else np.ones(len(clipped))
     found = normalised + np.sqrt(0.1 * math.log(round_number) / last_rounds)
-    if preferred_s is not None:
-        found = np.where(times > preferred_s, found * (preferred_s / times) ** 2, found)
-    return found
+    return np.where(times > preferred_s, found * (preferred_s / times) ** 2, found)
 
 
 def _ranked(state: Mapping[str, Any], view: View) -> list[tuple[int, float]]:
     """Explored clients with their scores, the best first, then by number."""
-    if not state["clients"]:
+    if not state.get("clients"):
         return []
     numbers = np.array([int(client) for client in state["clients"]])
     utilities, last_rounds, times = np.array(list(state["clients"].values()), dtype=np.float64).T

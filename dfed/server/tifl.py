@@ -5,6 +5,9 @@ Chai et al., "TiFL: A Tier-based Federated Learning System" (HPDC 2020), algorit
 1/n at first, then clients of that tier uniformly. Every I rounds the probabilities become (m − rank)/D over the m tiers with
 credits left, sorted by accuracy from the worst (rank 0) up, D = m(m + 1)/2.
 
+Clients without a plan when the tiers are made are in none. Every I rounds those that have one by then join the tier whose
+median time, now, is nearest to theirs.
+
 Where we deviate: see docs/deviations.md.
 """
 
@@ -57,7 +60,7 @@ class TiFL(StatefulSampler):
             mix = view.label_counts(members.tolist())
             mixes.append(None if mix is None else mix.tolist())
         return {
-            "tier_of": base64.b64encode(zlib.compress(tier_of.tobytes())).decode(),
+            "tier_of": _packed(tier_of),
             "mix": mixes,
             "turns": [0] * len(mixes),
             "chances": [1 / len(mixes)] * len(mixes),
@@ -68,7 +71,7 @@ class TiFL(StatefulSampler):
         """Up to ``size`` clients of the tier that is drawn; if it has too few, of the next slower, then of the fastest on."""
         if not state:
             return []
-        tier_of = np.frombuffer(zlib.decompress(base64.b64decode(state["tier_of"])), dtype=np.uint8)
+        tier_of = _unpacked(state)
         num_tiers, first = len(state["turns"]), self._draw(state, view)
         chosen: list[int] = []
         for tier in (step % num_tiers for step in range(first, first + num_tiers)):
@@ -83,12 +86,13 @@ class TiFL(StatefulSampler):
     def advance(
         self, state: Mapping[str, Any], view: View, *, row: Mapping[str, Any], clients: Sequence[Mapping[str, Any]]
     ) -> Mapping[str, Any]:
-        """One credit less for the tier that was drawn; the probabilities with which it was."""
+        """One credit less for the tier that was drawn; the probabilities with which it was; and who joins a tier."""
         if not state:
             return state
         drawn = self._draw(state, view)
         turns = [count + (tier == drawn) for tier, count in enumerate(state["turns"])]
-        return {**state, "turns": turns, "chances": self._chances(state, view)}
+        new = {**state, "turns": turns, "chances": self._chances(state, view)}
+        return new if view.round_index == 0 or view.round_index % self._interval else _joined(new, view)
 
     def evaluated(
         self, state: Mapping[str, Any], accuracy_on: Callable[[np.ndarray | None], float]
@@ -110,18 +114,55 @@ class TiFL(StatefulSampler):
         return min(tier, int(np.flatnonzero(weights)[-1]))  # rounding may leave the sum a little below the share
 
     def _chances(self, state: Mapping[str, Any], view: View) -> list[float]:
-        """The probabilities in the view's round: new ones every I rounds, if the accuracies are known."""
+        """The probabilities in the view's round: new ones every I rounds, if an accuracy is known.
+
+        A tier whose accuracy is not known has no rank: it gets 1/m, and the others share what is left by theirs.
+        """
         open_tiers = np.flatnonzero(_with_credits(state, view)).tolist()
-        accuracy = [state["accuracy"][tier] for tier in open_tiers]
-        if view.round_index == 0 or view.round_index % self._interval or not open_tiers or None in accuracy:
+        known = {tier: state["accuracy"][tier] for tier in open_tiers if state["accuracy"][tier] is not None}
+        if view.round_index == 0 or view.round_index % self._interval or not known:
             return state["chances"]
-        count, total = len(open_tiers), len(open_tiers) * (len(open_tiers) + 1) / 2
-        in_order = sorted(accuracy)
+        count, share, total = len(known), len(known) / len(open_tiers), len(known) * (len(known) + 1) / 2
+        in_order = sorted(known.values())
         chances = [0.0] * len(state["turns"])
-        for tier, value in zip(open_tiers, accuracy, strict=True):
-            ranks = [rank for rank, other in enumerate(in_order) if other == value]  # equally good tiers share theirs
-            chances[tier] = (count - sum(ranks) / len(ranks)) / total
+        for tier in open_tiers:
+            if tier in known:
+                ranks = [rank for rank, other in enumerate(in_order) if other == known[tier]]  # equally good tiers share theirs
+                chances[tier] = share * (count - sum(ranks) / len(ranks)) / total
+            else:
+                chances[tier] = 1 / len(open_tiers)
         return chances
+
+
+def _packed(tier_of: np.ndarray) -> str:
+    return base64.b64encode(zlib.compress(tier_of.tobytes())).decode()
+
+
+def _unpacked(state: Mapping[str, Any]) -> np.ndarray:
+    """Each client's tier, uint8 (num_clients,), not to be written to."""
+    return np.frombuffer(zlib.decompress(base64.b64decode(state["tier_of"])), dtype=np.uint8)
+
+
+def _joined(state: Mapping[str, Any], view: View) -> Mapping[str, Any]:
+    """The state with every client in a tier that has a plan in the view's round."""
+    tier_of = _unpacked(state).copy()
+    if not (tier_of == _NO_TIER).any():
+        return state
+    costs = view.costs()
+    with_plan = ~np.isnan(costs)
+    joining = np.flatnonzero(with_plan & (tier_of == _NO_TIER))
+    members = [costs[with_plan & (tier_of == tier)] for tier in range(len(state["turns"]))]
+    medians = np.array([np.median(times) if len(times) else np.inf for times in members])
+    if not len(joining) or not np.isfinite(medians).any():
+        return state
+    order = np.argsort(medians, kind="stable")
+    halfway = (medians[order][1:] + medians[order][:-1]) / 2
+    tier_of[joining] = order[np.searchsorted(halfway, costs[joining])]
+    mixes = list(state["mix"])
+    for tier in np.unique(tier_of[joining]).tolist():
+        mix = view.label_counts(joining[tier_of[joining] == tier].tolist())
+        mixes[tier] = None if mix is None else (np.asarray(mixes[tier]) + mix).tolist()
+    return {**state, "tier_of": _packed(tier_of), "mix": mixes}
 
 
 def _with_credits(state: Mapping[str, Any], view: View) -> np.ndarray:

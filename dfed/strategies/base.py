@@ -154,7 +154,8 @@ class Strategy(ABC):
 
         Args:
             client_state: What :meth:`remember` gave the last time that this client completed a round, on the CPU; empty
-                before, and where ``keeps_state`` is false.
+                before, and where ``keeps_state`` is false. Without what bears the name of a global tensor that the plan does
+                not hold, which is kept as it is.
         """
         return None
 

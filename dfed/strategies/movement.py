@@ -50,6 +50,7 @@ def is_settled(series: Sequence[float], *, threshold: float, patience: int, leng
 
     Args:
         series: EM after each round, from the first full window on.
+        length: At least 2.
     """
     if len(series) < length + patience - 1:
         return False

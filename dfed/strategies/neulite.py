@@ -14,7 +14,7 @@ module's layers, P those pooled (and projected), Y the classes one-hot. λ1_t fa
 
 Orders: ``rotate``, as the release: one block a round, in turn, for ever; the global model is the full model. ``elastic``, as
 the text: the server goes on to the next block when the one in training has settled (:mod:`dfed.strategies.movement`); the
-global model is that of the stage it is in.
+global model is that of the stage last trained.
 
 Deviations: the paper's λ, μ and their schedule are not known to us, nor where the proximal term is taken: they are ours, as is
 the mean by samples, over the tensors that were trained only. The release projects P by three linear layers of 2056, 1024 and
@@ -63,7 +63,7 @@ class NeuLite(Strategy):
         proximal: μ.
         proximal_on: Parameters in the proximal term: the ``tail``, or all that are ``trained``.
         projection: Widths of the linear layers behind the pooled features; empty: none.
-        window: Rounds over which movement is measured, with ``elastic``.
+        window: Rounds over which movement is measured, with ``elastic``; and through so many measurements a line is drawn.
         threshold, patience: The block has settled when the slope of movement stays below ``threshold`` so many rounds.
     """
 
@@ -72,7 +72,7 @@ class NeuLite(Strategy):
         order: Literal["rotate", "elastic"] = "rotate", tail: Literal["last_conv", "elastic", "none"] = "last_conv",
         mentor_input: Weight = 0.1, mentor_label: Weight = 0.1, proximal: Weight = 0.01,
         proximal_on: Literal["tail", "trained"] = "tail", projection: list[Count] = [],  # noqa: B006 - read only
-        window: Count = 5, threshold: Annotated[float, Field(gt=0)] = 0.02, patience: Count = 3,
+        window: Annotated[int, Field(ge=2)] = 5, threshold: Annotated[float, Field(gt=0)] = 0.02, patience: Count = 3,
     ):
         self.blocks = _blocks(problem, split, blocks)
         names = self.blocks.names
@@ -94,7 +94,7 @@ class NeuLite(Strategy):
         return ["neulite", self.blocks.blocks, self.tail, terms, self.proximal > 0, self.proximal_on, widths]
 
     def init(self, params: Mapping[str, Tensor]) -> ServerState:
-        return replace(super().init(params), facts={"stage": 0, "movement": []})
+        return replace(super().init(params), facts={"stage": 0, "trained": 0, "movement": []})
 
     def plan(self, state: ServerState, candidate: Candidate) -> Plan | None:
         number = state.facts["stage"]
@@ -128,6 +128,8 @@ class NeuLite(Strategy):
         return model
 
     def receive(self, model: nn.Module, client_state: Mapping[str, Tensor], plan: Plan) -> None:
+        if "stage" not in plan.options:
+            return
         assert isinstance(model, Chain)
         number = plan.options["stage"]
         name = self.blocks.names[number]
@@ -159,6 +161,8 @@ class NeuLite(Strategy):
         return loss
 
     def upload(self, name: str, value: Tensor, region: Region, plan: Plan) -> Tensor | None:
+        if "stage" not in plan.options:
+            return super().upload(name, value, region, plan)
         number, unit = plan.options["stage"], name.partition(".")[0]
         if unit not in plan.train:
             return None
@@ -168,8 +172,9 @@ class NeuLite(Strategy):
 
     def advance(self, old: ServerState, new: ServerState, metrics: Mapping[str, Any]) -> ServerState:
         number = old.facts["stage"]
+        facts = {**new.facts, "trained": number if metrics["senders"] else old.facts["trained"]}
         if self.order == "rotate":
-            return replace(new, facts={**new.facts, "stage": (number + 1) % len(self.blocks.names)})
+            return replace(new, facts={**facts, "stage": (number + 1) % len(self.blocks.names)})
         name = self.blocks.names[number]
         held = [tensor for tensor in new.params if tensor.partition(".")[0] in self.blocks.blocks[name]]
         seed = self.problem.seed
@@ -177,19 +182,19 @@ class NeuLite(Strategy):
         changes = torch.cat([old.tensors["movement"], change])[-self.window:] if "movement" in old.tensors else change
         series = list(old.facts["movement"])
         if len(changes) == self.window:
-            series.append(effective_movement(changes))
+            series = [*series, effective_movement(changes)][-(self.window + self.patience - 1):]
         tensors = {**new.tensors, "movement": changes}
         settled = is_settled(series, threshold=self.threshold, patience=self.patience, length=self.window)
         if settled and number + 1 < len(self.blocks.names):
             number, series = number + 1, []
             del tensors["movement"]
-        return replace(new, tensors=tensors, facts={**new.facts, "stage": number, "movement": series})
+        return replace(new, tensors=tensors, facts={**facts, "stage": number, "movement": series})
 
     def note(self, state: ServerState) -> Mapping[str, Any]:
-        return {"stage": state.facts["stage"] + 1, "movement": (state.facts["movement"] or [None])[-1]}
+        return {"stage": state.facts["trained"] + 1, "movement": (state.facts["movement"] or [None])[-1]}
 
     def evaluated(self, state: ServerState) -> Plan:
-        return self.full_plan() if self.order == "rotate" else self.plan_at(state.facts["stage"])
+        return self.full_plan() if self.order == "rotate" else self.plan_at(state.facts["trained"])
 
     def variants(self, state: ServerState) -> Mapping[str, Plan]:
         return {f"stage {number + 1}": self.plan_at(number) for number in range(len(self.blocks.names))}

@@ -11,7 +11,8 @@ what is trained in the round take part, so more of them in a warm-up.
 Deviations: all stages but the last, which lasts to the end of the run, have the same T_s. The warm-up is 25 rounds in the
 paper; unless said otherwise it is a tenth of a stage here, and at most 25. Frozen blocks normalise by their running
 statistics and leave them as they are. Stages end where :func:`dfed.blocks.cut_points` says, and a head is what
-:func:`dfed.blocks.classifier` makes. The global model is that of the stage it is in.
+:func:`dfed.blocks.classifier` makes. The global model is that of the stage last
+trained.
 """
 
 from __future__ import annotations
@@ -60,7 +61,7 @@ class ProgFed(Strategy):
         return ["progfed", list(self.stops)]
 
     def init(self, params: Mapping[str, Tensor]) -> ServerState:
-        return replace(super().init(params), facts={"stage": 1})
+        return replace(super().init(params), facts={"stage": 1, "trained": 1})
 
     def plan(self, state: ServerState, candidate: Candidate) -> Plan | None:
         stage = state.facts["stage"]
@@ -91,7 +92,8 @@ class ProgFed(Strategy):
 
     def advance(self, old: ServerState, new: ServerState, metrics: Mapping[str, Any]) -> ServerState:
         stage = min(len(self.stops), 1 + new.round_index // self.stage_rounds)
-        return replace(new, facts={**new.facts, "stage": stage})
+        trained = old.facts["stage"] if metrics["senders"] else old.facts["trained"]
+        return replace(new, facts={**new.facts, "stage": stage, "trained": trained})
 
     def evaluated(self, state: ServerState) -> Plan:
-        return self.plan_at(state.facts["stage"])
+        return self.plan_at(state.facts["trained"])

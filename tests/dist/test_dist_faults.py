@@ -364,3 +364,41 @@ def test_a_finished_run_can_be_extended(undisturbed, long_config, tmp_path):
     assert run_cli(["run", "--resume", long], log) == 0, log.read_text()
     assert summary(long)["rounds"] == 5
     assert rounds_of(long) == list(range(5))
+
+
+DATA = '''
+"""A data set whose held-out samples cannot be read on one rank."""
+
+import os
+
+import numpy as np
+
+from dfed.data import ArrayDataset, Bundle
+
+
+class Unreadable(ArrayDataset):
+    def batch(self, indices):
+        if os.environ["RANK"] == os.environ["BROKEN_RANK"]:
+            raise RuntimeError("the disk of this rank is gone")
+        return super().batch(indices)
+
+
+def unreadable(*, root, download, cache, seed):
+    """Cannot be read."""
+    images, labels = np.zeros((60, 1, 8, 8), np.uint8), np.arange(60) % 4
+    return Bundle(ArrayDataset(images, labels, num_classes=4), Unreadable(images, labels, num_classes=4))
+'''
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_an_error_on_one_rank_in_an_evaluation_ends_the_job(long_config, tmp_path, rank):
+    (tmp_path / "broken_data.py").write_text(DATA)
+    variables = {"PYTHONPATH": os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")]), "BROKEN_RANK": str(rank)}
+    arguments = ["run", long_config, "data={dataset: 'broken_data:unreadable'}", "metrics.every=1", "metrics.batch_size=10",
+                 "--out", tmp_path / "run"]
+    with Job(arguments, ranks=3, log=tmp_path / "log", environment=variables) as job:
+        assert job.wait() == BROKEN, job.output
+        job.assert_gone()
+        assert re.search(rf"RankLost: rank \d could not complete .* in round 1: rank {rank} failed: "
+                         r"\w+: .*the disk of this rank is gone", job.output), job.output
+    assert rounds_of(tmp_path / "run") == []

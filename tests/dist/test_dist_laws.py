@@ -11,6 +11,9 @@ SMOKE = ROOT / "configs" / "smoke"
 FEDAVG = SMOKE / "fedavg.yaml"
 PLAIN = [FEDAVG, "rounds=3"]
 OTHERS = sorted(path for path in SMOKE.glob("*.yaml") if path != FEDAVG)
+# The second stage is trained from the fourth round on, as two windows of two rounds have been measured by then.
+ELASTIC = [SMOKE / "neulite.yaml", "rounds=4",
+           "strategy={name: neulite, blocks: 2, order: elastic, window: 2, patience: 1, threshold: 10}"]
 VARIANTS = {
     "per_client": [*PLAIN, "exchange=per_client"],
     "predicted": [*PLAIN, "memory.enforce=predicted"],
@@ -31,6 +34,9 @@ VARIANTS = {
                 "data={dataset: synthetic, shape: [3, 32, 32], samples: 24, test_samples: 2}",
                 "fleet={clients: 2, tiers: [{name: exact, count: 2, memory: 1.0}]}",
                 "client={batch_size: 4, learning_rate: 0.01, epochs: null, steps: 2}"],
+    # Parts of tensors, and what clients remember, with each client's update by itself.
+    **{f"{name}_per_client": [SMOKE / f"{name}.yaml", "exchange=per_client"] for name in ("feddropout", "depthfl")},
+    "neulite_elastic": ELASTIC,
     **{path.stem: [path] for path in OTHERS},
 }
 
@@ -161,13 +167,32 @@ def test_methods_on_depth_stay_within_the_memory_that_they_planned_for(reference
 
 def test_what_methods_on_depth_remember_survives_a_resumption(reference, tmp_path):
     runs = []
-    for name, done in (("depthfl", 1), ("progfed", 2)):
+    for name, done in (("depthfl", 1), ("progfed", 2), ("neulite_elastic", 3)):
         folder = tmp_path / name
-        runs += [[SMOKE / f"{name}.yaml", f"rounds={done}", "--out", folder], ["--resume", folder, f"rounds={done + 1}"]]
+        runs += [[*VARIANTS[name], f"rounds={done}", "--out", folder], ["--resume", folder, f"rounds={done + 1}"]]
+    # After the last round of what was asked for there is an evaluation beyond those that are due: it leaves no trace.
+    folder = tmp_path / "heterofl"
+    runs += [[*VARIANTS["heterofl"], "rounds=1", "metrics.every=2", "--out", folder], ["--resume", folder, "rounds=2"]]
     run_several(runs, tmp_path, ranks=1)
-    for name in ("depthfl", "progfed"):
+    for name in ("depthfl", "progfed", "neulite_elastic", "heterofl"):
         assert summary(tmp_path / name)["params_sha256"] == summary(reference / name)["params_sha256"]
         assert comparable(tmp_path / name) == comparable(reference / name)
+
+
+def test_parts_of_tensors_give_the_same_bits_fused_or_per_client(reference):
+    for name in ("feddropout", "depthfl"):
+        fused, per_client = (summary(reference / each) for each in (name, f"{name}_per_client"))
+        assert fused["params_sha256"] == per_client["params_sha256"]
+        assert fused["bytes"]["up"] == per_client["bytes"]["up"]
+
+
+def test_a_stage_that_nobody_has_trained_is_not_evaluated(reference):
+    noted = [row["strategy"]["stage"] for row in rows(reference / "neulite_elastic") if row["kind"] == "round"]
+    assert noted == [1, 1, 1, 2]
+    assert [row["strategy"]["stage"] for row in rows(reference / "neulite") if row["kind"] == "round"] == [1, 2]
+    for name, number in (("neulite_elastic", 4), ("neulite", 2)):
+        senders = [row["round"] for row in rows(reference / name) if row["kind"] == "client" and row["status"] == "completed"]
+        assert set(senders) == set(range(number))
 
 
 def test_codecs_give_the_same_bits_fused_or_per_client(reference):

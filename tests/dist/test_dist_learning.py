@@ -17,7 +17,7 @@ class Unforeseen(Strategy):
     """Full training at half the batch size whenever the last one did not fit."""
 
     def plan(self, state, candidate):
-        full = self.whole_plan(candidate)
+        full = self.full_plan(candidate.client)
         sizes = [64, 32, 16, 8]
         return candidate.planner.best(with_batch(full, size) for size in sizes)
 

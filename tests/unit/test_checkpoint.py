@@ -206,6 +206,11 @@ def test_the_run_goes_on_over_a_damaged_checkpoint(tmp_path):
     _assert_same(latest(folder, "print"), _state(40, fill=2.0))
 
 
+def test_the_documents_name_the_format():
+    text = (Path(__file__).parents[2] / "docs" / "run_folder.md").read_text(encoding="utf-8")
+    assert f"`format` ({checkpoint._FORMAT})" in text
+
+
 def test_a_checkpoint_of_another_configuration_or_format_is_refused(tmp_path):
     save(tmp_path, _state(1), "print", 2)
     save(tmp_path, _state(2), "other", 2)

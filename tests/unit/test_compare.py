@@ -38,7 +38,9 @@ def test_a_wrong_command_line(tmp_path, capsys, monkeypatch):
     file = write_yaml(tmp_path / "c.yaml")
     for arguments, message in [
         ([], "`CONFIG` must be one YAML file, but 0 are given."), ([file, "b.yaml"], "but 2 are given."),
-        ([file, "--seeds", "0"], "`--seeds` must be a number of seeds of at least 1, or different seeds with commas"),
+        ([file, "--seeds", "0"], "`--seeds` must be a number of seeds of at least 1 and at most 1000, or as many"),
+        ([file, "--seeds", "1001"], "but is '1001'."), ([file, "--seeds", "9" * 5000], "`--seeds` must be a number of seeds"),
+        ([file, "--seeds", f"0,{2**63}"], "but is '0,9223372036854775808'."),
         ([file, "--seeds", "1,1"], "but is '1,1'."), ([file, "--seeds", "x"], "but is 'x'."),
         ([file, "--ranks", "0"], "`--ranks` must be a whole number of at least 1, but is '0'."),
         ([file, "--strategies", "fedavg,,"], "`--strategies` must be different names with commas between them"),

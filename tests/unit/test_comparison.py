@@ -93,9 +93,12 @@ def test_all_faults_together(tmp_path):
     ({"strategies": [{"name": "fedavg", "settings": {"seed": 3}}]}, "which are the same for all, but sets 'seed'."),
     ({"strategies": [{"name": "fedavg", "settings": {"fleet[tiers]": 3}}]}, "`compare.strategies[0].settings` must leave"),
     ({"strategies": [{"name": "fedavg", "settings": [1]}]}, "`compare.strategies[0].settings` must be a group of settings"),
-    ({"strategies": ["fedavg"], "seeds": 0}, "`compare.seeds` must be a number of seeds of at least 1, or a list"),
-    ({"strategies": ["fedavg"], "seeds": [1, 1]}, "of different seeds of at least 0, but is [1, 1]."),
+    ({"strategies": ["fedavg"], "seeds": 0}, "`compare.seeds` must be a number of seeds of at least 1 and at most 1000"),
+    ({"strategies": ["fedavg"], "seeds": [1, 1]}, "seeds of at least 0 and at most 9223372036854775807, but is [1, 1]."),
     ({"strategies": ["fedavg"], "seeds": True}, "but is true."),
+    ({"strategies": ["fedavg"], "seeds": 1001}, "but is 1001."),
+    ({"strategies": ["fedavg"], "seeds": [0, 2**63]}, "but is [0, 9223372036854775808]."),
+    ({"strategies": ["fedavg"], "seeds": list(range(1001))}, "but is [0, 1, 2"),
     ({"strategies": ["fedavg"], "target_accuracy": 50}, "`compare.target_accuracy` must be a number greater than 0 and"),
     ({"strategies": ["fedavg"], "reference": "x"}, "`compare.reference` must be one of the labels fedavg, but is 'x'."),
     ({"reference": "x"}, "`compare.reference` must be left out where no strategies are given, but is 'x'."),
@@ -106,6 +109,28 @@ def test_a_wrong_group_is_refused_by_every_command(compare, message, tmp_path):
     with pytest.raises(ConfigError) as caught:
         load_config(tmp_path / "c.yaml")
     assert str(caught.value.faults[0]) == fault
+
+
+def test_no_entry_of_the_command_line_is_dropped(tmp_path):
+    first, *_ = faults_of(tmp_path, strategies=["m1:FedAvg", "fedprox", "m2:FedAvg"])
+    assert first == ("`--strategies` must give different labels, but 'm1:FedAvg' and 'm2:FedAvg' are both 'FedAvg'; list them "
+                     "in the config, with a `label` each.")
+    (fault,) = faults_of(tmp_path, strategies=["fedavg", "dfed.strategies.fedavg:FedAvg"])  # as folders, they are the same
+    assert fault.startswith("`--strategies` must give different labels, but 'fedavg' and 'dfed.strategies.fedavg:FedAvg' are")
+    found = faults_of(tmp_path, strategies=["own:a/b"])
+    assert found[0].startswith("`--strategies` must give labels of at most 64 of the characters")
+    assert found[0].endswith(", but gives 'a/b'.")
+
+
+def test_every_seed_is_one_that_a_run_takes(tmp_path):
+    last = 2**63 - 1
+    assert load(tmp_path, seeds=2, seed=last - 1).seeds == (last - 1, last)
+    load_config(None, base={**BASE, "seed": last})
+    assert faults_of(tmp_path, seed=last - 1, compare={"strategies": ["fedavg"], "seeds": 3}) == [
+        f"`compare.seeds` must be at most 2, as seeds start at `seed` ({last - 1}), but is 3."]
+    assert faults_of(tmp_path, seed=last, seeds=2) == [
+        f"`--seeds` must be at most 1, as seeds start at `seed` ({last}), but is 2."]
+    assert [text.split(" ")[0] for text in faults_of(tmp_path, seed=2**63)] == ["`seed`"]
 
 
 def test_a_comparison_needs_something_to_compare(tmp_path):

@@ -132,6 +132,15 @@ def test_the_fingerprint_follows_what_decides_the_bits():
     assert load_config(None, base=reordered).fingerprint() == plain
 
 
+def test_what_evaluation_decides_counts_where_it_decides_something():
+    for name in ("heterofl", "fjord"):  # the last model's norm statistics
+        assert _load(f"strategy={name}").fingerprint() != _load(f"strategy={name}", "metrics.batch_size=7").fingerprint()
+        assert _load(f"strategy={name}").fingerprint() == _load(f"strategy={name}", "metrics.every=7").fingerprint()
+    tifl = ["sampler=tifl", "metrics.split=validation", "data.validation_fraction=0.1"]
+    for other in ("metrics.every=7", "rounds=9"):
+        assert _load(*tifl).fingerprint() != _load(*tifl, other).fingerprint()
+
+
 def test_a_checkpoint_belongs_to_a_kind_of_device():
     assert _load().fingerprint("cpu") == _load().fingerprint() != _load().fingerprint("cuda")
 

@@ -161,7 +161,8 @@ ONE_FAULT = [
      "`model.num_classes` is not a setting; known here: channels, dropout, hidden, kernel, norm, padding, pool."),
     ("sampler=unform", "`sampler` must be one of oort, tifl, uniform, weighted, but is 'unform'. Did you mean 'uniform'?"),
     ("sampler={name: weighted, size: 3}", "`sampler.size` is not a setting; there are none here."),
-    ("sampler={name: tifl, tiers: 0}", "`sampler.tiers` must be at least 1, but is 0."),
+    ("sampler=tifl", "`metrics.split` must be 'validation' with `sampler: tifl`, whose draws follow the accuracy (and "
+                     "`data.validation_fraction` above 0), but is 'test'."),
     ("server.optimizer={learning_rate: 1}",
      "`server.optimizer` must be a name, or a group of settings with a `name`, but is {'learning_rate': 1}."),
     ("server.optimizer={name: adam, beta: 1}", "Did you mean 'beta2'?"),
@@ -325,6 +326,10 @@ def test_a_cross_fault_is_found_beside_others():
     assert _faults("rounds=0", "cohort=9") == [
         "`rounds` must be at least 1, but is 0.", "`cohort` must be at most `fleet.clients` (8), but is 9.",
     ]
+    first, second = _faults("sampler={name: tifl, tiers: 0}", "metrics.split=test")
+    assert first == "`sampler.tiers` must be at least 1, but is 0."
+    assert second.startswith("`metrics.split` must be 'validation' with `sampler: tifl`")
+    load_config(None, ["sampler=tifl", "metrics.split=validation", "data.validation_fraction=0.2"], base=SMALL)
     found = _faults("metrics.split=validation", "metrics.every=0", "data.root=3", "fleet.tiers.0.flops=x", "cohort=9")
     assert {text.split("`")[1] for text in found} == {
         "metrics.split", "metrics.every", "data.root", "fleet.tiers[0].flops", "cohort",

@@ -39,6 +39,7 @@ SMALL = {
     "client": {"batch_size": 8, "learning_rate": 0.05},
     "memory": {"enforce": "off"},
 }
+VALIDATION = ("metrics.split=validation", "data.validation_fraction=0.2")
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +58,7 @@ def make():
 
 
 def test_costs_are_those_of_each_clients_own_plan(make, monkeypatch):
-    run, state = make("sampler=tifl")
+    run, state = make("sampler=tifl", *VALIDATION)
     job, asked_for = run.job, Counter()
     plan = type(job.strategy).plan
 
@@ -90,7 +91,7 @@ def test_costs_are_those_of_each_clients_own_plan(make, monkeypatch):
 
 
 def test_tifl_learns_in_whole_rounds_where_it_was_evaluated(make):
-    run, state = make("sampler={name: tifl, tiers: 3, interval: 2}", "metrics.every=2")
+    run, state = make("sampler={name: tifl, tiers: 3, interval: 2}", "metrics.every=2", *VALIDATION)
     saved, seen = state, []
     for _ in range(6):
         result = lead_round(run.job, saved)

@@ -1,6 +1,8 @@
 """Laws 3 and 4: imports go downwards, only ``dfed.comm`` talks to torch.distributed, and nothing is pickled or executed."""
 
 import ast
+import configparser
+import itertools
 import logging
 import sys
 from pathlib import Path
@@ -101,6 +103,19 @@ def test_imports_go_downwards_only(capsys, monkeypatch):
     output = capsys.readouterr().out
     assert status == 0, output
     assert "1 kept, 0 broken" in output
+
+
+def test_the_design_names_every_module_of_the_contract_in_its_order():
+    contract = configparser.ConfigParser()
+    contract.read(ROOT / "setup.cfg", encoding="utf-8")
+    lines = contract["importlinter:contract:layers"]["layers"].split("\n")
+    height = {name: number for number, line in enumerate(filter(None, lines)) for name in line.replace("|", " ").split()}
+    text = (ROOT / "docs" / "design.md").read_text(encoding="utf-8")
+    table = text.partition("| layer | what |")[2].partition("\n\n")[0]
+    rows = [row.split("`")[1].split() for row in table.splitlines() if "`" in row]
+    assert sorted(name for row in rows for name in row) == sorted(set(height) - {"__main__"})
+    for above, below in itertools.pairwise(rows):
+        assert max(height[name] for name in above) <= min(height[name] for name in below)
 
 
 def test_only_comm_imports_torch_distributed():

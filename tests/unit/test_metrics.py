@@ -59,6 +59,9 @@ def test_totals_add_up():
     assert totals["bytes"] == {
         "up": sum(c["bytes_up"] for c in everyone), "down": sum(c["bytes_down"] for c in everyone), "fabric": 21,
     }
+    assert totals["stale_statistics"] == 0
+    stale = add_totals(totals, _row(3, []) | {"statistics": "stale"}, [])
+    assert (stale["stale_statistics"], add_totals(stale, _row(4, []), [])["stale_statistics"]) == (1, 1)
     assert (totals["time_s"], totals["sim_time_s"], totals["energy_j"]) == (0.75, 9.0, 4.5)
     assert totals["tiers"]["idle"] == empty_totals(["idle"])["tiers"]["idle"]
     assert totals["tiers"]["weak"]["peak_bytes"] == 100  # of those that completed

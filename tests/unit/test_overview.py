@@ -177,7 +177,7 @@ class Codec(Strategy):
 
 class Whole(Strategy):
     def plan(self, state, candidate):
-        return self.whole_plan(candidate)
+        return self.full_plan(candidate.client)
 
 
 class Divides(Whole):

@@ -1,4 +1,6 @@
+import gc
 import math
+import weakref
 
 import pytest
 import torch
@@ -17,7 +19,7 @@ class Narrow(Strategy):
     """Holds the first half of a tensor's rows; sends biases not at all."""
 
     def plan(self, state, candidate):
-        return self.whole_plan(candidate)
+        return self.full_plan(candidate.client)
 
     def region(self, name, shape, plan):
         return Slices(((0, -(-shape[0] // 2)),)) if plan.options.get("half") and shape else WHOLE
@@ -87,6 +89,18 @@ def test_a_form_is_made_once_per_shape_of_plan():
     assert other.of(small.plan()) == small.forms.of(small.plan())
     assert list(small.forms.of(small.plan()).regions) == list(small.shapes)
     assert Small(options=CNN).forms.of(small.plan()).down == small.forms.of(small.plan()).down  # equal on every rank
+
+
+def test_forms_of_plans_that_do_not_come_again_are_let_go():
+    small = Small(model="cnn", options={"channels": [2], "kernel": 3, "hidden": 4, "norm": "none"})
+    often, once = small.plan(), weakref.ref(small.forms.of(small.plan(details={"draw": -1})))
+    form = small.forms.of(often)
+    for draw in range(300):
+        small.forms.of(small.plan(details={"draw": draw}))
+        assert small.forms.of(often) is form
+    gc.collect()
+    assert once() is None
+    assert small.forms.of(small.plan(details={"draw": -1})).down == form.down  # made again, at the cost of time
 
 
 def test_an_update_of_someone_else_is_refused():

@@ -89,7 +89,7 @@ class Parts(Strategy):
     """Holds one half of the rows or the other, or chosen ones."""
 
     def plan(self, state, candidate):
-        return self.whole_plan(candidate)
+        return self.full_plan(candidate.client)
 
     def region(self, name, shape, plan):
         half = plan.options.get("half")
@@ -143,8 +143,21 @@ def test_other_parts_of_a_tensor_keep_what_they_had():
     assert kept[f"error/{name}"][:, 0, 0, 0].tolist() == [1.0, 3.0, 2.0, 3.0]
     assert errors_of(kept, odd)[name][:, 0, 0, 0].tolist() == [3.0, 3.0]
     assert errors_of(kept, first)[name][:, 0, 0, 0].tolist() == [1.0, 3.0]
-    assert list(own_state(kept)) == ["control"]
-    assert list(own_state(next_state(kept, {}, {}, odd, small.shapes))) == []  # a strategy says each time what it keeps
+    assert list(own_state(kept, odd, small.shapes)) == ["control"]
+    forgets = next_state(kept, {}, {}, odd, small.shapes)
+    assert list(own_state(forgets, odd, small.shapes)) == []  # a strategy says each time what it keeps
+
+
+def test_what_belongs_to_a_tensor_that_is_not_held_now_is_kept_and_not_handed_out():
+    small = Small()
+    form = small.forms.of(small.plan(hold=("conv0", "head"), train=("head",)))
+    own = {"conv0.conv.weight": 1.0, "hidden.fc.weight": 2.0, "turns": 3.0, "error/turns": 4.0}
+    kept = {f"own/{name}": torch.tensor(value) for name, value in own.items()} | {"error/head.fc.weight": torch.zeros(2)}
+    given = own_state(kept, form, small.shapes)
+    assert given.keys() == {"conv0.conv.weight", "turns", "error/turns"}
+    after = next_state(kept, {"turns": torch.tensor(5.0)}, {}, form, small.shapes)
+    assert after.keys() == {"own/hidden.fc.weight", "own/turns", "error/head.fc.weight"}
+    assert (float(after["own/hidden.fc.weight"]), float(after["own/turns"])) == (2.0, 5.0)
 
 
 @pytest.mark.parametrize(

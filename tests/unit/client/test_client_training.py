@@ -194,6 +194,30 @@ def test_a_used_skeleton_trains_the_next_client_to_the_same_bits():
     assert all(torch.equal(first[name], second[name]) for name in small.shapes)
 
 
+def test_norms_without_a_trained_parameter_are_frozen_also_inside_a_unit_that_is_trained():
+    """In a phase that names what it trains: a residual unit of which the last layer is trained."""
+    small = Small("resnet8", {"width": 4}, shape=(3, 8, 8))
+    x, y = data(shape=(3, 8, 8))
+    names = small.splitting.names
+    unit, rest = names[1], names[2:]
+    for train, frozen in (((unit, *rest), {"stem.norm", f"{unit}.bn1"}), (None, set())):
+        model = small.strategy.build(small.plan())
+        norms = {name for name, module in model.named_modules() if isinstance(module, nn.BatchNorm2d)}
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(name.split(".")[0] in rest or name.startswith((f"{unit}.conv2", f"{unit}.bn2")))
+        plan, modes, skeleton = small.plan(phases=(Phase(batch_size=8, epochs=1, train=train),)), [], Skeleton(model)
+        run_plan(small.strategy, plan, skeleton, small.values, small.forms.of(plan).regions, batches_of(x, y), ClientSettings(),
+                 rate_factor=1.0, device=CPU, generator=None,
+                 after_batch=lambda model=model, modes=modes: modes.append({n for n, m in model.named_modules() if m.training}))
+        assert norms >= frozen
+        assert all(norms - seen == frozen for seen in modes)
+        assert len(modes) == 3
+        state = model.state_dict()
+        kept = {name for name in norms if torch.equal(state[f"{name}.running_mean"], small.values[f"{name}.running_mean"])}
+        assert kept == frozen
+        assert all(module.training for module in model.modules())  # as it was, for the next client
+
+
 def test_only_trained_blocks_go_up():
     small = Small()
     plan = small.plan(train=("hidden", "head"))

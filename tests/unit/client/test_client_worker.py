@@ -1,7 +1,9 @@
+import gc
 import itertools
 import json
 import logging
 import math
+import weakref
 
 import numpy as np
 import pytest
@@ -9,6 +11,7 @@ import torch
 from client_problem import CLASSES, CPU, Small, data
 
 from dfed import rng
+from dfed.blocks import cut
 from dfed.client import ClientReport, ClientSettings, Skeleton, Worker, run_plan
 from dfed.client.home import ClientHome
 from dfed.comm import wire
@@ -19,6 +22,7 @@ from dfed.data.partitions import TablePartition
 from dfed.errors import CheckpointError, RankLost
 from dfed.memory import MemorySettings, make_cap
 from dfed.memory.caps import Uncapped
+from dfed.region import WHOLE, Index
 from dfed.strategies.fedavg import FedAvg
 
 SIZES = [20, 9, 33, 8, 1]
@@ -77,7 +81,7 @@ class Setting:
 
     def task(self, client, mood=None, **fields):
         options = {"mood": mood} if mood else {}
-        plan = self.small.plan(client=client, options=options, **fields)
+        plan = self.small.plan(**{"client": client, "options": options, **fields})
         return {"client": client, "plan": plan, "weight": SIZES[client], "peak_bytes": 2**20}
 
     def work(self, tasks, exchange="fused"):
@@ -199,7 +203,8 @@ def test_only_a_cap_in_force_makes_it_the_clients_memory():
 
 def test_failures_are_logged_and_oom_only_once_per_plan_and_budget(caplog):
     setting = Setting(cap=Holds(CPU))
-    tasks = [setting.task(0, "oom") | {"budget_bytes": 2**20}, setting.task(1, "oom") | {"budget_bytes": 2**20},
+    tasks = [setting.task(0, "oom") | {"budget_bytes": 2**20},
+             setting.task(1, "oom", details={"round": 9}) | {"budget_bytes": 2**20},  # needs as much: the same plan for memory
              setting.task(2, "raise"), setting.task(3, "raise")]
     with caplog.at_level(logging.WARNING, "dfed"):
         setting.work(tasks)
@@ -303,6 +308,66 @@ def test_error_feedback_changes_what_arrives_the_second_time(tmp_path):
         else:
             assert not torch.equal(updates[0].body, again[0].body)
     assert all(torch.equal(results["fused"][name], results["per_client"][name]) for name in results["fused"])
+
+
+class Shallow(FedAvg):
+    """Its clients hold the classifier only, and remember a tensor for each of its parameters."""
+
+    keeps_state = True
+
+    def build(self, plan):
+        return cut(self.problem.chain, start="head")
+
+    def receive(self, model, client_state, plan):
+        model.given = sorted(client_state)
+
+    def loss(self, model, x, y, phase):
+        return model(x.flatten(1)[:, :16]).square().mean()
+
+    def remember(self, model, client_state, plan):
+        assert model.given == plan.options["wants"]
+        return {**client_state, **{name: torch.full((), 2.0) for name, _ in model.named_parameters()}}
+
+
+def test_what_was_kept_for_tensors_that_a_plan_does_not_hold_stays_outside_the_cap(tmp_path):
+    setting, home = Setting(make=Shallow, clients_folder=str(tmp_path)), ClientHome(tmp_path)
+    names = {name for name, _ in setting.small.chain.named_parameters()}
+    home.save(0, 1, {f"own/{name}": torch.ones(()) for name in (*names, "turns")})
+    head = sorted(name for name in names if name.startswith("head"))
+    part = {"hold": ("head",), "train": ("head",), "options": {"wants": [*head, "turns"]}}
+    (report,), _, _ = setting.work([setting.task(0, **part) | {"state": 1}])
+    assert report["status"] == "completed", report["detail"]
+    after = home.load(0, 2)
+    assert after.keys() == {f"own/{name}" for name in (*names, "turns")}
+    assert {name for name, value in after.items() if value == 2} == {f"own/{name}" for name in head}
+
+
+def test_a_payload_is_kept_only_while_others_with_its_plan_are_to_come():
+    alive, gone = [], []
+
+    class Counted(Moody):
+        def region(self, name, shape, plan):
+            return Index((tuple(range(shape[0])),)) if shape else WHOLE  # a copy of everything
+
+        def receive(self, model, client_state, plan):
+            gc.collect()
+            alive.append(sum(reference() is not None for reference in gone))
+
+    setting = Setting(make=Counted)
+    made = type(setting.small.forms.of(setting.small.plan())).received
+
+    def received(form, values):
+        payload = made(form, values)
+        gone.append(weakref.ref(payload["head.fc.weight"]))
+        return payload
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("dfed.client.forms.Form.received", received)
+        tasks = [setting.task(client, details={"draw": draw}) for client, draw in enumerate((0, 1, 0, 2))]
+        reports, _, _ = setting.work(tasks)
+    assert [report["status"] for report in reports] == ["completed"] * 4
+    assert len(gone) == 3  # made once for the plan that two share
+    assert alive == [1, 2, 1, 1]
 
 
 class Odd(Counts):

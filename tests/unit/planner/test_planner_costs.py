@@ -176,7 +176,7 @@ class Pairs(Strategy):
     """A loss over all pairs of samples of a mini-batch."""
 
     def plan(self, state, candidate):
-        return self.whole_plan(candidate)
+        return self.full_plan(candidate.client)
 
     def loss(self, model, x, y, phase):
         scores = model(x)

@@ -25,7 +25,7 @@ def row(client, loss_rms=1.0, num_samples=10, num_visits=20, time=1.0, status="c
             "num_samples": num_samples, "num_visits": num_visits if status == "completed" else 0, "sim_time_s": time}
 
 
-def known(clients, preferred=None):
+def known(clients, preferred=1e9):
     """A state in which these took part: utility, round and time by client."""
     return {"clients": {str(client): list(value) for client, value in clients.items()}, "preferred_s": preferred,
             "step_s": preferred, "window": 0.0, "before": None}
@@ -33,7 +33,7 @@ def known(clients, preferred=None):
 
 def test_scores_are_those_of_the_paper():
     generator = np.random.default_rng(2)
-    for round_number, preferred in ((2, 3.0), (30, 0.5), (77, None), (1, 9.0)):
+    for round_number, preferred in ((2, 3.0), (30, 0.5), (77, math.inf), (1, 9.0)):
         utilities, times = generator.gamma(1.0, 5.0, size=60), generator.uniform(0.1, 6.0, size=60)
         last = generator.integers(1, max(2, round_number), size=60)
         found = scores(utilities, last, times, round_number=round_number, preferred_s=preferred)
@@ -43,7 +43,7 @@ def test_scores_are_those_of_the_paper():
         for i in range(60):
             value = (min(utilities[i], cap) - ordered[0]) / (cap - ordered[0])
             value += math.sqrt(0.1 * math.log(round_number) / last[i])
-            if preferred is not None and times[i] > preferred:
+            if times[i] > preferred:
                 value *= (preferred / times[i]) ** 2
             assert found[i] == pytest.approx(value, rel=1e-12, abs=1e-12)  # a handful of float64 operations
     equal = scores(np.array([2.0, 2.0]), np.array([1, 1]), np.array([1.0, 4.0]), round_number=1, preferred_s=2.0)
@@ -61,8 +61,15 @@ def test_the_first_duration_is_a_percentile_and_the_state_is_small():
     state = Oort(percentile=30).init(view(times))
     assert state["preferred_s"] == state["step_s"] == np.percentile([t for t in times if t is not None], 30)
     assert state["clients"] == {}
-    nobody = Oort().init(view([None] * 5))
-    assert nobody["preferred_s"] is None
+    # Nobody has a plan yet: nothing is kept, so that it is asked again; then the first times that are known count.
+    sampler, nobody = Oort(percentile=30), view([None] * 5)
+    assert sampler.init(nobody) == {}
+    assert sampler.cohort({}, nobody, size=3, admit=lambda client: False) == []
+    assert sampler.advance({}, nobody, row={}, clients=[row(1, status="failed")]) == {}
+    assert len(sampler.cohort({}, view([1.0] * 5), size=3, admit=lambda client: True)) == 4
+    some = sampler.advance({}, nobody, row={}, clients=[row(1, time=2.0), row(2, time=5.0), row(3, status="oom", time=9.0)])
+    assert some["preferred_s"] == some["step_s"] == pytest.approx(2.9)  # 30 % of the way from 2 to 5
+    assert some["clients"].keys() == {"1", "2"}
 
     class Fleet:
         def __len__(self):
@@ -122,7 +129,7 @@ def test_explored_clients_come_in_proportion_to_their_utility_among_the_best():
     utilities = {0: 10.0, 1: 9.8, 2: 9.7, 3: 9.2} | {client: 0.1 * client for client in range(4, 40)}
     state, rounds = known({client: (value, 1, 1.0) for client, value in utilities.items()}), 6000
     times = [1.0] * 40
-    all_scores = scores(np.array(list(utilities.values())), np.ones(40), np.ones(40), round_number=41, preferred_s=None)
+    all_scores = scores(np.array(list(utilities.values())), np.ones(40), np.ones(40), round_number=41, preferred_s=math.inf)
     pool = [client for client in range(40) if all_scores[client] >= 0.95 * np.sort(all_scores)[-2]]
     assert pool == [0, 1, 2, 3]
     counts = dict.fromkeys(itertools.permutations(pool, 2), 0)

@@ -104,7 +104,9 @@ def test_probabilities_follow_the_accuracies_every_interval():
     spent = {**fresh, "turns": [0, 20, 0, 0, 20]}  # of ⌈100 / 5⌉
     assert chances(spent, 4) == pytest.approx([1 / 6, 0, 2 / 6, 3 / 6, 0], abs=1e-15)
     unknown = {**fresh, "accuracy": [0.9, None, 0.7, 0.6, 0.8]}
-    assert chances(unknown, 4) == [0.2] * 5
+    # Tier 1 keeps its fifth; the four others share the rest by rank.
+    assert chances(unknown, 4) == pytest.approx([0.08, 0.2, 0.24, 0.32, 0.16], abs=1e-15)
+    assert chances({**fresh, "accuracy": [None] * 5}, 4) == [0.2] * 5
     assert chances({**unknown, "turns": [0, 20, 0, 0, 0]}, 4) == pytest.approx([0.1, 0, 0.3, 0.4, 0.2], abs=1e-15)
 
     # The new probabilities hold in their first round already, and until the next change.
@@ -153,6 +155,35 @@ def test_only_admitted_clients_each_asked_once_and_the_next_tiers_fill_up():
     everyone = draw(sampler, state, view(costs), 99)
     assert sorted(everyone) == [client for client in range(40) if client != 5]
     assert draw(sampler, state, view(costs), 5, admit=lambda client: False) == []
+
+
+def test_clients_that_have_a_plan_later_join_the_tier_of_their_time():
+    costs, sampler = np.repeat([1.0, 2.0, 4.0, 8.0, 16.0], 8), TiFL(interval=2)
+    late = {3: 1.0, 12: 2.0, 33: 16.0}
+    costs[[*late, 20]] = math.nan
+    state = sampler.init(view(costs, mixes=MIXES))
+    assert (tiers_of(state) == 255).sum() == 4
+    then = 10 * costs  # all plans have become larger, the order is the same
+    for client, cost in late.items():
+        then[client] = 10 * cost
+    for round_index in (0, 1, 3):  # not before the next change of probabilities
+        new = sampler.advance(state, view(then, 100, round_index, mixes=MIXES), row={}, clients=[])
+        assert (new["tier_of"], new["mix"]) == (state["tier_of"], state["mix"])
+    before = json.dumps(state)
+    new = sampler.advance(state, view(then, 100, 2, mixes=MIXES), row={}, clients=[])
+    assert json.dumps(state) == before
+    expected = tiers_of(state).copy()
+    for client, cost in late.items():
+        expected[client] = tiers_of(state)[np.flatnonzero(costs == cost)[1]]
+    np.testing.assert_array_equal(tiers_of(new), expected)  # client 20 still has no plan
+    assert new["mix"] == [MIXES[expected == tier].sum(axis=0).tolist() for tier in range(5)]
+    assert json.loads(json.dumps(new, allow_nan=False)) == new
+    again = sampler.advance(new, view(then, 100, 2, mixes=MIXES), row={}, clients=[])
+    assert (again["tier_of"], again["mix"]) == (new["tier_of"], new["mix"])
+    assert set(late) <= set(draw(sampler, new, view(then, 100, 4), size=40))
+    lazy = sampler.advance(sampler.init(view(costs)), view(then, 100, 2), row={}, clients=[])
+    assert lazy["mix"] == [None] * 5
+    np.testing.assert_array_equal(tiers_of(lazy), expected)
 
 
 def test_a_fleet_without_a_plan_waits():

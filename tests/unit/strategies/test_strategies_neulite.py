@@ -13,10 +13,13 @@ from dfed.blocks import tail_parameters
 from dfed.blocks.hsic import centred_kernel, nhsic
 from dfed.errors import ConfigError
 from dfed.plan import Phase
+from dfed.registry import STRATEGIES
+from dfed.settings import settings_of
 from dfed.strategies.movement import MOST_ENTRIES, effective_movement, is_settled, sample_of
 
 STAGES = 3
 CUTS = ["conv0", "conv1"]
+SOME, NOBODY = {"senders": {"conv0": 1}}, {"senders": {}}
 
 
 @pytest.fixture(scope="module")
@@ -164,32 +167,47 @@ def test_an_elastic_tail_takes_what_the_budget_allows():
 def test_rotation(small):
     strategy = small.strategy
     state = strategy.init(small.values)
-    stages = []
+    stages, noted = [], []
     for _ in range(7):
         stages.append(state.facts["stage"])
-        state = strategy.advance(state, replace(state, round_index=state.round_index + 1), {})
+        state = strategy.advance(state, replace(state, round_index=state.round_index + 1), SOME)
+        noted.append(strategy.note(state))
     assert stages == [0, 1, 2, 0, 1, 2, 0]
-    assert strategy.evaluated(state) == strategy.full_plan()
-    assert strategy.note(state) == {"stage": 2, "movement": None}
+    assert noted == [{"stage": stage + 1, "movement": None} for stage in stages]
+    evaluated = strategy.evaluated(state)
+    assert evaluated == strategy.full_plan()
+    form = small.forms.of(evaluated)
+    assert form.regions.keys() == small.chain.state_dict().keys() & small.shapes.keys() == {entry.name for entry in form.up}
+    model, (x, y) = small.model(evaluated, torch.float32).eval(), data()
+    strategy.receive(model, {}, evaluated)
+    assert torch.equal(strategy.loss(model, x, y, evaluated.phases[0]), F.cross_entropy(model(x), y))
 
 
 def test_elastic_goes_on_when_the_block_has_settled():
     """Steady steps give EM = 1 in every window: settled as soon as ``patience`` lines are flat. A turn-around bends them."""
     small = Small("neulite", split=CUTS, order="elastic", window=3, patience=2, threshold=0.05)
     strategy = small.strategy
-    state, series, stages = strategy.init(small.values), [], []
+    state, series, stages, evaluated = strategy.init(small.values), [], [], []
+    assert strategy.evaluated(state).options["stage"] == 0
     steps = [1.0] * 8
     for step in steps:
         params = {name: value + step * 1e-3 if name.startswith("conv0") else value for name, value in state.params.items()}
-        state = strategy.advance(state, replace(state, params=params, round_index=state.round_index + 1), {})
+        state = strategy.advance(state, replace(state, params=params, round_index=state.round_index + 1), SOME)
         stages.append(state.facts["stage"])
+        evaluated.append(strategy.evaluated(state).options["stage"])
         series.append(strategy.note(state)["movement"])
     # Windows are full from round 3 on; lines of three values from round 5; two flat ones in round 6.
     assert stages == [0, 0, 0, 0, 0, 1, 1, 1]
     # Sums of a thousandth in float32 leave four digits.
     assert series[2:5] == pytest.approx([1, 1, 1], rel=1e-3)
     assert series[5] is None  # the next block starts with a window of its own
-    assert strategy.evaluated(state).options["stage"] == 1
+    assert evaluated == [0, 0, 0, 0, 0, 0, 1, 1]  # never one that nobody has trained
+    nobody = strategy.advance(replace(state, facts={**state.facts, "stage": 2}, tensors={}), state, NOBODY)
+    assert strategy.evaluated(nobody).options["stage"] == 1
+    for _ in range(9):  # what is remembered does not grow with the run
+        state = strategy.advance(state, replace(state, round_index=state.round_index + 1), SOME)
+        assert len(state.facts["movement"]) <= 3 + 2 - 1
+        assert len(state.tensors.get("movement", ())) <= 3
     assert not is_settled([1.0, 1.0, 1.0, 0.8, 0.6], threshold=0.05, patience=2, length=3)  # flat once only
 
 
@@ -218,7 +236,20 @@ def test_the_sample_is_always_the_same_and_at_most_so_many():
     assert sample_of(params, ["c", "a"], 1, "block")[:3].tolist() == [0, 0, 0]
 
 
+def test_a_tail_in_a_residual_unit_leaves_its_first_norm_alone():
+    """What of the tail's unit does not go up is used as it came down: statistics included."""
+    small = Small("neulite", "resnet8", {"width": 4}, shape=(3, 8, 8), split=["layer1_0", "layer2_0"])
+    plan, (x, y) = small.strategy.plan_at(1), data(8, (3, 8, 8))
+    result, model = small.train(replace(plan, phases=(replace(plan.phases[0], epochs=None, steps=2),)), x, y)
+    state, unit = model.state_dict(), "layer1_0"
+    assert any(name.startswith(f"{unit}.bn2") for name in result.update)
+    for name in small.forms.of(plan).regions:
+        assert (name in result.update) == (not torch.equal(state[name], small.values[name])), name
+
+
 def test_bad_settings_are_named():
+    with pytest.raises(ValueError, match="window"):  # no line goes through one value
+        settings_of(STRATEGIES.get("neulite"))(window=1)
     for cuts in (["nope"], ["conv1", "conv0"], ["hidden"], ["head"]):
         with pytest.raises(ConfigError, match="cuts"):
             Small("neulite", split=cuts)

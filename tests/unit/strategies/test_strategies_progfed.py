@@ -13,6 +13,7 @@ from dfed.settings import settings_of
 from dfed.state import ServerState
 
 UNITS = ("conv0", "conv1", "conv2", "hidden", "head")
+SOME = {"senders": {"conv0": 1}}
 
 
 def rounds(small, number):
@@ -20,23 +21,27 @@ def rounds(small, number):
     state = small.strategy.init(small.values)
     for _ in range(number):
         yield state
-        state = small.strategy.advance(state, dataclasses.replace(state, round_index=state.round_index + 1), {})
+        state = small.strategy.advance(state, dataclasses.replace(state, round_index=state.round_index + 1), SOME)
 
 
 def test_the_course_of_a_run():
     small = Small("progfed", stage_rounds=3, warmup_rounds=1, client={"steps": 2})
-    trained = []
+    trained, before = [], UNITS[:1]
     for state in rounds(small, 14):
         plan = small.strategy.plan(state, small.candidate(round_index=state.round_index))
         assert Plan.from_json(json.loads(json.dumps(plan.to_json()))) == plan
         trained.append(plan.train)
         evaluated = small.strategy.evaluated(state)
-        assert evaluated.hold == plan.hold
+        assert evaluated.hold == (*before, f"stage{len(before)}_head")[:len(UNITS)]  # what the round before trained
+        before = tuple(name for name in plan.hold if name in UNITS)
         assert small.strategy.build(evaluated).eval()(data()[0].to("meta")).shape == (8, 3)
         held = {name for name in small.shapes if small.strategy.splitting.block_of(name) in plan.hold}
         assert {entry.name for entry in small.forms.of(plan).down} == held  # no byte of what is not there yet
         assert {entry.name for entry in small.forms.of(plan).up} == {n for n in held if n.split(".")[0] in plan.train}
-        assert json.loads(json.dumps(state.facts)) == {"stage": 4 if plan.hold == UNITS else len(plan.hold) - 1}
+        assert json.loads(json.dumps(state.facts)) == {
+            "stage": 4 if plan.hold == UNITS else len(plan.hold) - 1,
+            "trained": 4 if evaluated.hold == UNITS else len(evaluated.hold) - 1,
+        }
     first, second, third = ((*UNITS[:stage], f"stage{stage}_head") for stage in (1, 2, 3))
     assert trained == [first] * 3 + [second[1:]] + [second] * 2 + [third[2:]] + [third] * 2 + [UNITS[3:]] + [UNITS] * 4
 
@@ -54,6 +59,16 @@ def test_the_last_stage_is_full_training_to_the_bit():
     ours, theirs = (each.train(plan, x, y)[0].update for each in (small, plain))
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_a_stage_that_nobody_trained_is_not_evaluated():
+    small = Small("progfed", stage_rounds=1)
+    state, evaluated = small.strategy.init(small.values), []
+    for senders in ({"conv0": 1}, {}, {}, {"conv0": 1}):
+        new = dataclasses.replace(state, round_index=state.round_index + 1)
+        state = small.strategy.advance(state, new, {"senders": senders})
+        evaluated.append(small.strategy.evaluated(state).options.get("stage", 4))
+    assert evaluated == [1, 1, 1, 4]
 
 
 @pytest.mark.parametrize("warms_up", [False, True])
@@ -102,5 +117,5 @@ def test_settings():
     for length, warmup in ((9, 0), (40, 4), (1000, 25)):
         assert Small("progfed", stage_rounds=length).strategy.warmup_rounds == warmup
     single = Small("progfed", stage_rounds=1, depths=1).strategy
-    state = ServerState(round_index=0, params={}, facts={"stage": 1})
+    state = ServerState(round_index=0, params={}, facts={"stage": 1, "trained": 1})
     assert single.plan_at(1) == single.full_plan() == single.evaluated(state)
