@@ -13,6 +13,7 @@ from dfed.comm import Message, Transport, wire
 from dfed.comm.partial_sums import SumsBuffer, value_range, weight_scale
 from dfed.data import Partition
 from dfed.drawing import Asked
+from dfed.errors import DfedError
 from dfed.fleet import Cost, Fleet, client_cost, round_time
 from dfed.plan import Plan
 from dfed.planner import Costs
@@ -118,6 +119,8 @@ def choose_cohort(job: Job, state: ServerState) -> Cohort:
             size=job.cohort, num_clients=job.fleet.num_clients, seed=job.seed, round_index=round_index, admit=admit,
             sizes=job.partition.sizes,
         )
+    if len(set(chosen)) < len(chosen) or not plans.keys() >= set(chosen):
+        raise DfedError(f"a sampler must draw different clients, each of which `admit` accepted, but draws {list(chosen)}.")
     dropped = frozenset(client for client in chosen if job.fleet.drops_out(client, round_index))
     refused = frozenset(c for c in chosen if c not in dropped and _is_over_budget(job, c, plans[c]))
     present = [c for c in chosen if c not in dropped | refused]
@@ -218,6 +221,7 @@ def _client_row(job: Job, cohort: Cohort, report: Mapping[str, Any]) -> dict[str
             "status", "reason", "loss", "loss_rms", "num_steps", "num_visits", "peak_bytes", "time_s"
         )},
         "num_samples": num_samples,
+        "plan": dict(plan.options),
         "budget_bytes": profile.budget_bytes,
         "predicted_bytes": job.costs.peak_bytes(plan),
         "bytes_up": up,

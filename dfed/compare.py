@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import fcntl
-import json
 import logging
 import os
 import re
@@ -28,7 +27,7 @@ from dfed.errors import ConfigError, Fault
 from dfed.faults import shown
 from dfed.report import comparison_text as text
 from dfed.report import tables
-from dfed.report.comparison import gather
+from dfed.report.comparison import Results, gather, read_run
 from dfed.report.figures import draw
 from dfed.yaml_io import dump_yaml
 
@@ -45,7 +44,8 @@ _OF_THE_LAUNCHER = re.compile(
 
 
 def compare(words: Sequence[str], options: argparse.Namespace) -> int:
-    """Carry out ``dfed compare``; returns the exit status: 0; 1 if a run failed; 130 or 143 if it was asked to stop.
+    """Carry out ``dfed compare``; returns the exit status: 0; 1 if a run failed, now or before; 130 or 143 if it was asked
+    to stop.
 
     Args:
         words: A config file, and overrides ``key.sub=value``.
@@ -71,8 +71,8 @@ def compare(words: Sequence[str], options: argparse.Namespace) -> int:
             if stop.number is not None:
                 output.say(f"stopped on request; go on with: {command}")
                 return 128 + stop.number
-    _report(comparison, folder, shlex.join([file, *overrides]), command, output)
-    return EXIT_FAILED if failed else 0
+    results = _report(comparison, folder, shlex.join([file, *overrides]), command, output)
+    return EXIT_FAILED if failed or any(run.state == "failed" for run in results.outcomes) else 0
 
 
 def _checked(words: Sequence[str], options: argparse.Namespace) -> tuple[
@@ -214,13 +214,13 @@ def _run_all(comparison: Comparison, folder: Path, ranks: int, lock: TextIO, sto
         path = folder / "runs" / run.name
         before = progress_of(path)
         if before == "finished":
-            output.say(f"{where} finished before, {_accuracy(path)}")
+            output.say(f"{where} {_ending(path, run, 'finished before, ')}")
             continue
         output.say(f"{where} " + ("started" if before == "new" else "going on"))
         reason = _run(run, folder, ranks, before == "unfinished", lock, stop)
         seconds = f"{time.perf_counter() - begun:.1f} s"
         if progress_of(path) == "finished":
-            output.say(f"{where} {_accuracy(path)}, {seconds}")
+            output.say(f"{where} {_ending(path, run)}, {seconds}")
         elif stop.number is None:
             any_failed = True
             output.say(f"{where} failed after {seconds}: {reason}")
@@ -265,13 +265,17 @@ def _reason(lines: Sequence[str], status: int) -> str:
     return f"{how}: {last}" if last else how
 
 
-def _accuracy(path: Path) -> str:
-    accuracy = json.loads((path / "summary.json").read_text(encoding="utf-8")).get("accuracy")
-    return "no accuracy" if accuracy is None else f"accuracy {accuracy:.4f}"
+def _ending(path: Path, run: PlannedRun, before: str = "") -> str:
+    """How a run that calls itself finished ended: ``before`` and its accuracy, or why its folder is of no use."""
+    outcome = read_run(path, run)
+    if outcome.state == "failed":
+        return f"failed: {outcome.reason}"
+    accuracy = outcome.values["accuracy"]
+    return before + ("no accuracy" if accuracy is None else f"accuracy {accuracy:.4f}")
 
 
-def _report(comparison: Comparison, folder: Path, config: str, command: str, output: _Output) -> None:
-    """Write the tables and figures of what is there, and show the tables."""
+def _report(comparison: Comparison, folder: Path, config: str, command: str, output: _Output) -> Results:
+    """Write the tables and figures of what is there, and show the tables; returns what they say."""
     results = gather(comparison, folder)
     origin = text.Origin(config=config, command=command, date=datetime.now().astimezone().isoformat(timespec="seconds"),
                          figure=draw(results, folder))
@@ -284,3 +288,4 @@ def _report(comparison: Comparison, folder: Path, config: str, command: str, out
         partial.replace(folder / name)
     output.attempt(lambda: text.show(results, Terminal(width=_TABLE_WIDTH, highlight=False)))
     output.say(f"tables and figures: {folder / 'comparison.md'}")
+    return results

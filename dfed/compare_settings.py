@@ -24,6 +24,7 @@ LARGEST_SEED = 2**63 - 1
 _KEYS = ("reference", "seeds", "strategies", "target_accuracy")
 _LABEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,63}")
 _SAME_FOR_ALL = ("compare", "data", "fleet", "seed", "strategy")
+_GROUPS = ("backend", "checkpoint", "client", "codecs", "memory", "metrics", "server")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +34,7 @@ class EntrySettings:
     Attributes:
         label: Unique; names its runs' folders.
         strategy: As a config writes it: a group with ``name`` and options, which are not checked yet.
-        settings: Settings of its runs only, by dotted key.
+        settings: Settings of its runs only, by dotted key; none is a whole group, and none is inside another.
     """
 
     label: str
@@ -115,12 +116,25 @@ def _entry(raw: Any, field: str, faults: list[Fault]) -> EntrySettings | None:
     if not isinstance(settings, Mapping) or not all(isinstance(key, str) for key in settings):
         faults.append(Fault(f"{field}.settings", f"must be a group of settings key.sub: value, but is {shown(settings)}."))
         return None
-    for key in settings:
-        if re.split(r"[.\[]", key)[0] in _SAME_FOR_ALL:
-            message = f"must leave {', '.join(_SAME_FOR_ALL)} alone, which are the same for all, but sets {shown(key)}."
-            faults.append(Fault(f"{field}.settings", message))
+    _check_keys(list(settings), f"{field}.settings", faults)
     strategy = {key: value for key, value in raw.items() if key not in ("label", "settings")}
     return EntrySettings(label=label, strategy=strategy, settings=dict(settings))
+
+
+def _check_keys(keys: Sequence[str], field: str, faults: list[Fault]) -> None:
+    """A group as a whole would take the place of the shared config's, whose other settings would be lost unseen."""
+    paths = {key: tuple(part.rstrip("]") for part in re.split(r"[.\[]", key)) for key in keys}
+    for number, (key, path) in enumerate(paths.items()):
+        if path[0] in _SAME_FOR_ALL:
+            message = f"must leave {', '.join(_SAME_FOR_ALL)} alone, which are the same for all, but sets {shown(key)}."
+            faults.append(Fault(field, message))
+        elif len(path) == 1 and path[0] in _GROUPS:
+            faults.append(Fault(field, f"must have the form key.sub: value, but sets the whole group {shown(key)}."))
+        for other in keys[:number]:
+            inner, outer = (key, other) if len(path) >= len(paths[other]) else (other, key)
+            if paths[inner][:len(paths[outer])] == paths[outer]:
+                message = f"must set nothing twice, but has both {shown(outer)} and {shown(inner)}, which is part of it."
+                faults.append(Fault(field, message))
 
 
 def check_labels(entries: Sequence[tuple[str, EntrySettings]], faults: list[Fault]) -> None:

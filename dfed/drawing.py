@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -14,7 +13,7 @@ from dfed.fleet import Fleet
 from dfed.plan import Plan
 from dfed.planner import ClientPlanner, Costs
 from dfed.server import StatefulSampler, View
-from dfed.state import ServerState
+from dfed.state import ServerState, as_saved
 from dfed.strategies import Candidate, Strategy
 
 __all__ = ["Asked", "advance", "begin", "note_evaluation"]
@@ -71,7 +70,7 @@ def begin(sampler: Any, state: ServerState, view: Callable[[], View]) -> ServerS
     """The state before a round's drawing, with what the sampler remembers from the start if it remembers nothing yet."""
     if not isinstance(sampler, StatefulSampler) or state.sampler:
         return state
-    return replace(state, sampler=_as_saved(sampler.init(view())))
+    return replace(state, sampler=as_saved("what a sampler remembers", sampler.init(view())))
 
 
 def advance(
@@ -80,7 +79,7 @@ def advance(
     """What the sampler remembers after the round that was drawn with ``state``."""
     if not isinstance(sampler, StatefulSampler):
         return state.sampler
-    return _as_saved(sampler.advance(state.sampler, view(), row=row, clients=clients))
+    return as_saved("what a sampler remembers", sampler.advance(state.sampler, view(), row=row, clients=clients))
 
 
 def note_evaluation(
@@ -93,9 +92,4 @@ def note_evaluation(
     """
     if not isinstance(sampler, StatefulSampler):
         return state
-    return replace(state, sampler=_as_saved(sampler.evaluated(state.sampler, accuracy_on)))
-
-
-def _as_saved(value: Mapping[str, Any]) -> dict[str, Any]:
-    """As a checkpoint would give it back."""
-    return json.loads(json.dumps(value, allow_nan=False))
+    return replace(state, sampler=as_saved("what a sampler remembers", sampler.evaluated(state.sampler, accuracy_on)))

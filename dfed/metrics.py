@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,6 +14,8 @@ from pydantic import Field
 from dfed.settings import Settings
 
 __all__ = ["MetricsSettings", "MetricsWriter", "add_totals", "empty_totals", "finite"]
+
+logger = logging.getLogger(__name__)
 
 _CLIENT_COUNTS = ("selected", "completed", "oom", "failed", "ineligible", "unavailable")
 
@@ -80,12 +83,17 @@ class MetricsWriter:
     Args:
         folder: The run folder.
         bytes_by_block: Whether clients' lines keep this field.
-        next_round: Rows of this round and later ones, left by an interrupted run, are dropped.
+        next_round: Rows of this round and later ones, left by an interrupted run, are dropped. If a row of a round before
+            it is not there, that is logged as a warning.
     """
 
     def __init__(self, folder: Path, *, next_round: int, tensorboard: bool, bytes_by_block: bool = False):
         self._path, self._left_out = folder / "metrics.jsonl", () if bytes_by_block else ("bytes_by_block",)
-        self._keep_rounds_before(next_round)
+        kept = self._keep_rounds_before(next_round)
+        missing = [number for number in range(next_round) if number not in kept]
+        if missing:
+            logger.warning("%s lacks %d of the %d rounds before round %d, the first of them round %d: figures that are made of "
+                           "it will be wrong", self._path, len(missing), next_round, next_round, missing[0])
         self._file = self._path.open("a", encoding="utf-8")
         self._events = None
         if tensorboard:
@@ -93,10 +101,11 @@ class MetricsWriter:
 
             self._events = SummaryWriter(str(folder / "tensorboard"), purge_step=next_round)
 
-    def _keep_rounds_before(self, next_round: int) -> None:
+    def _keep_rounds_before(self, next_round: int) -> set[int]:
+        """Drop all other lines; returns the rounds whose own row is kept."""
         if not self._path.exists():
-            return
-        kept = []
+            return set()
+        kept, rounds = [], set[int]()
         for line in self._path.read_text(encoding="utf-8", errors="replace").splitlines():
             try:
                 row = json.loads(line)
@@ -104,9 +113,12 @@ class MetricsWriter:
                 continue  # a line that was being written when the run was killed
             if isinstance(row, dict) and row.get("round", next_round) < next_round:
                 kept.append(line + "\n")
+                if row.get("kind") == "round":
+                    rounds.add(row["round"])
         partial = self._path.with_name(f".{self._path.name}.partial")
         partial.write_text("".join(kept), encoding="utf-8")
         partial.replace(self._path)
+        return rounds
 
     def write(self, row: Mapping[str, Any], clients: Sequence[Mapping[str, Any]]) -> None:
         """Write a round's row and its clients' rows, and flush."""

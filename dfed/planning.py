@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -54,7 +55,7 @@ class Planning:
             raise ConfigError([Fault("model", message)])
         make = STRATEGIES.get(choice.name)
         with calling("strategy", choice.name):
-            self.strategy: Strategy = make(problem, **choice.options)
+            self.strategy: Strategy = _made(make, problem, choice)
             self.splitting = self.strategy.splitting
             tensors, parameters = self._tensors(chain)
             self.shapes = {name: tuple(t.shape) for name, t in tensors.items() if t.is_floating_point()}
@@ -95,6 +96,17 @@ class Planning:
         """
         with calling("model", self._model):
             return self.costs.budget_bytes(self.full_plan())
+
+
+def _made(make: Callable[..., Strategy], problem: Problem, choice: Choice) -> Strategy:
+    """The strategy; what it finds wrong with its options is said of the config's fields."""
+    try:
+        return make(problem, **choice.options)
+    except ConfigError as error:
+        raise ConfigError([
+            Fault(f"strategy.{fault.field}" if fault.field in choice.options else fault.field, fault.message)
+            for fault in error.faults
+        ]) from error
 
 
 @functools.cache

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -20,7 +19,7 @@ from dfed.plan import Plan
 from dfed.planner import learn
 from dfed.registry import calling
 from dfed.server import Contribution, aggregate
-from dfed.state import ServerState
+from dfed.state import ServerState, as_saved
 
 __all__ = ["RoundResult", "lead_round", "no_answer", "take_part"]
 
@@ -78,12 +77,12 @@ def lead_round(job: Job, state: ServerState) -> RoundResult:
     senders = Counter(block for plan in completed for block in plan.train)
     new = job.strategy.advance(state, new, {**row, "senders": senders})
     if note := job.strategy.note(new):
-        row["strategy"] = dict(note)
+        row["strategy"] = as_saved("what a strategy notes of a round", note)
     new = replace(new, sampler=advance(job.sampler, state, lambda: job.view(state), row, clients))
     keepers = [report["client"] for report in reports if report["keeps_state"] and report["status"] == "completed"]
     new = replace(new, infeasible=_infeasible(job, cohort, clients, state),
                   clients={**state.clients, **dict.fromkeys(keepers, state.round_index)})
-    new = replace(new, facts=json.loads(json.dumps(new.facts, allow_nan=False)))  # as a checkpoint would give them back
+    new = replace(new, facts=as_saved("the facts of a strategy", new.facts))
     return RoundResult(new, row, clients, any(part["stop"] for part in parts))
 
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
 
-__all__ = ["ServerState"]
+from dfed.errors import DfedError
+
+__all__ = ["ServerState", "as_saved"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,3 +39,20 @@ class ServerState:
     totals: Mapping[str, Any] = field(default_factory=dict)
     clients: Mapping[int, int] = field(default_factory=dict)
     infeasible: Mapping[str, int] = field(default_factory=dict)
+
+
+def as_saved(what: str, value: Mapping[str, Any]) -> dict[str, Any]:
+    """``value`` as a checkpoint would give it back.
+
+    Args:
+        what: Whose it is, for the message.
+
+    Raises:
+        DfedError: If it is no mapping of JSON values.
+    """
+    try:
+        if not isinstance(value, Mapping):
+            raise TypeError(f"a {type(value).__name__} is no mapping")
+        return dict(json.loads(json.dumps(dict(value), allow_nan=False)))
+    except (TypeError, ValueError) as error:
+        raise DfedError(f"{what} must be JSON values by name, but cannot be saved: {error}.") from error

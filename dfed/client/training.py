@@ -179,8 +179,8 @@ class _Count:
 
     def add(self, loss: Tensor, num_samples: int) -> None:
         """One step on so many samples, with this mean loss."""
-        self.loss_sum += loss * num_samples
-        self.loss_square_sum += loss ** 2 * num_samples
+        self.loss_sum.add_(loss, alpha=num_samples)
+        self.loss_square_sum.addcmul_(loss, loss, value=num_samples)
         self.num_visits += num_samples
         self.num_steps += 1
 

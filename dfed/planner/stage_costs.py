@@ -25,7 +25,7 @@ from dfed.planner.unit_watch import Value
 __all__ = ["StageCosts"]
 
 _CPU = torch.device("cpu")
-_COUNTERS = 8  # the sum of the losses, and the loss of the step before, both float32
+_SUMS, _LOSS = 8, 4  # the sums of the losses and of their squares; the loss of the step before; all float32
 
 
 class StageCosts:
@@ -94,9 +94,9 @@ class StageCosts:
         block = self.block(start, stop)
         rest = rests[self._values[stop].index(block.output)]
         size, always = block.output_bytes, block.output_bytes if block.saves_output else 0
-        permanent = block.permanent + rest.permanent + _COUNTERS / 2
+        permanent = block.permanent + rest.permanent + _SUMS
         batch = self._batch * (4 * math.prod(self._chain.input_shape) + 8)
-        old_loss = _COUNTERS / 2 if self._steps > 1 else 0
+        old_loss = _LOSS if self._steps > 1 else 0
         forward = max(
             block.forward, block.kept + size + max(rest.forward_held, rest.forward_free),
             block.kept + max(rest.loss_held + size, rest.loss_free + always),
@@ -107,7 +107,7 @@ class StageCosts:
         )
         new_state = block.new_state + rest.new_state
         left = rest.end + block.gradients
-        step = max(self._clip(int(block.tensors + rest.tensors)), new_state, new_state + _COUNTERS / 2)
+        step = max(self._clip(int(block.tensors + rest.tensors)), new_state)
         begin = batch if self._steps > 1 else 0  # the next batch comes while the one before is there
         return permanent - new_state + batch + max(forward + old_loss, backward, left + max(step, begin))
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from dfed.comparison import Comparison, progress_of
+from dfed.comparison import Comparison, PlannedRun, progress_of
 
 __all__ = ["TARGET_SHARE", "Outcome", "Point", "Results", "Spread", "gather", "read_run", "spread_of"]
 
@@ -35,7 +35,8 @@ class Outcome:
     """One run.
 
     Attributes:
-        state: ``finished``: ended in order; ``failed``: tried and not; ``unfinished``: begun; or ``not run``.
+        state: ``finished``: ended in order; ``failed``: tried and not, or its folder is damaged; ``unfinished``: begun; or
+            ``not run``.
         reason: Why it failed, or None.
         values: Its figures by name, those of finished runs only; None where there is none. See docs/compare.md.
         curve: Its evaluations, in order.
@@ -106,7 +107,7 @@ class Results:
 
 def gather(comparison: Comparison, folder: Path) -> Results:
     """Read all runs of a comparison from its folder."""
-    read = [read_run(folder / "runs" / run.name, run.label, run.seed) for run in comparison.runs]
+    read = [read_run(folder / "runs" / run.name, run) for run in comparison.runs]
     reached = spread_of([run.values.get("accuracy") for run in read if run.label == comparison.reference])
     given, target = comparison.target_accuracy is not None, comparison.target_accuracy
     if target is None and reached.mean is not None:
@@ -116,9 +117,12 @@ def gather(comparison: Comparison, folder: Path) -> Results:
     return Results(comparison=comparison, outcomes=outcomes, target=target, target_is_given=given)
 
 
-def read_run(folder: Path, label: str, seed: int) -> Outcome:
-    """One run as its folder tells it. Beside it, ``FOLDER.failed`` holds why the last try failed."""
-    failed = folder.with_name(f"{folder.name}.failed")
+def read_run(folder: Path, run: PlannedRun) -> Outcome:
+    """One run as its folder tells it. Beside it, ``FOLDER.failed`` holds why the last try failed.
+
+    A run that calls itself finished has failed if its files cannot be read, or do not have every round once and in order.
+    """
+    label, seed, failed = run.label, run.seed, folder.with_name(f"{folder.name}.failed")
     progress = progress_of(folder)
     if progress != "finished":
         if failed.is_file():
@@ -129,12 +133,29 @@ def read_run(folder: Path, label: str, seed: int) -> Outcome:
                                 for name in ("summary.json", "environment.json"))
         lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
         values = _values(summary, [line for line in lines if line["kind"] == "client"])
-        curve = _curve([line for line in lines if line["kind"] == "round"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        reason = f"its folder cannot be read: {type(error).__name__}: {error}"
+        rounds = [line for line in lines if line["kind"] == "round"]
+        _check_rounds([line["round"] for line in rounds], run.config.rounds)
+        curve = _curve(rounds)
+        if not isinstance(environment, dict) or any(isinstance(value, (str, list, dict)) for value in values.values()):
+            raise TypeError("a value is not of its kind")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError) as error:
+        what = str(error) if isinstance(error, _RoundsMissing) else f"{type(error).__name__}: {error}"
+        reason = f"its folder cannot be used: {what}; move {folder} away, and the next call runs it anew"
         return Outcome(label=label, seed=seed, state="failed", reason=reason)
     return Outcome(label=label, seed=seed, state="finished", values=values, curve=curve, tiers=summary["tiers"],
                    summary=summary, environment=environment)
+
+
+class _RoundsMissing(ValueError):
+    """The lines of a finished run are not those of all its rounds."""
+
+
+def _check_rounds(found: Sequence[Any], rounds: int) -> None:
+    if list(found) == list(range(rounds)):
+        return
+    missing = sorted(set(range(rounds)) - set(found))
+    raise _RoundsMissing(f"{len(missing)} of {rounds} rounds missing in metrics.jsonl, the first of them round {missing[0]}"
+                         if missing else f"metrics.jsonl does not have the {rounds} rounds once and in order")
 
 
 def _values(summary: Mapping[str, Any], clients: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:

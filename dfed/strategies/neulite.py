@@ -35,6 +35,7 @@ from torch import Tensor, nn
 
 from dfed.blocks import Splitting, check_names, cut_points, output_module, stage, tail_parameters, train_only
 from dfed.blocks.hsic import centred_kernel, nhsic
+from dfed.errors import ConfigError, Fault
 from dfed.models import Chain
 from dfed.models.layers import Count
 from dfed.plan import Phase, Plan
@@ -202,8 +203,15 @@ class NeuLite(Strategy):
 
 def _blocks(problem: Problem, split: Literal["paper", "auto"] | list[str], count: int | None) -> Splitting:
     if split == "auto":
-        return problem.split(count)
-    stops = cut_points(problem.chain, count or 4, None if split == "paper" else list(split))
+        most = max(1, len(problem.chain) - 1)
+        try:
+            return problem.split(None if count is None else min(count, most))
+        except ConfigError as error:
+            raise ConfigError([Fault("blocks", fault.message) for fault in error.faults]) from error
+    try:
+        stops = cut_points(problem.chain, count or 4, None if split == "paper" else list(split))
+    except ConfigError as error:
+        raise ConfigError([Fault("split", fault.message) for fault in error.faults]) from error
     names = problem.chain.unit_names
     return Splitting({f"b{i}": names[start:stop] for i, (start, stop) in enumerate(zip((0, *stops), stops, strict=False))})
 

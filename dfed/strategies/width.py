@@ -23,7 +23,7 @@ __all__ = ["RATES", "Rates", "WidthStrategy", "rate_name"]
 RATES = [1.0, 0.5, 0.25, 0.125, 0.0625]
 """The widths of HeteroFL (Diao et al. 2021): each half of the one before."""
 
-Rates = Annotated[list[Annotated[float, Field(gt=0, le=1)]], Field(min_length=1)]
+Rates = Annotated[list[Annotated[float, Field(ge=0.001, le=1)]], Field(min_length=1)]
 """Widths as shares of the full model's."""
 
 _KEPT_SUB_MODELS = 64

@@ -130,7 +130,7 @@ def test_a_run_that_fails_is_shown_and_the_others_go_on(played, tmp_path, capsys
     assert "  it said\n  dfed: 1 fault in the config:" in err
     assert "fedprox, seed 5: failed: 1 fault in the config: no data" in out
     assert "fedprox, seed 5: failed: 1 fault in the config: no data" in Path("runs/c-compare/comparison.md").read_text()
-    assert main(["compare", file, "--report"]) == 0
+    assert main(["compare", file, "--report"]) == 1
     assert calls(tmp_path) == []
     assert "failed: 1 fault in the config: no data" in capsys.readouterr().out
     played("case $name in fedprox-s5) kill -9 $$;; esac")
@@ -140,6 +140,38 @@ def test_a_run_that_fails_is_shown_and_the_others_go_on(played, tmp_path, capsys
     played("")
     assert main(["compare", file]) == 0
     assert not list(Path("runs/c-compare/runs").glob("*.failed"))
+
+
+def test_a_finished_run_whose_folder_is_damaged_has_failed_until_it_is_moved_away(played, tmp_path, capsys):
+    file = played("")
+    assert main(["compare", file, "--out", "o"]) == 0
+    calls(tmp_path)
+    first, second = Path("o/runs/fedavg-s5"), Path("o/runs/fedprox-s6")
+    (first / "metrics.jsonl").unlink()
+    (second / "summary.json").write_text('{"finished": true}')
+    for more in ([], [], ["--report"]):
+        capsys.readouterr()
+        assert main(["compare", file, "--out", "o", *more]) == 1
+        out = " ".join(capsys.readouterr().out.split())
+        for name, path, error in (("fedavg, seed 5", first, "FileNotFoundError"), ("fedprox, seed 6", second, "KeyError")):
+            assert f"{name}: failed: its folder cannot be used: {error}" in out
+            assert f"; move {path} away, and the next call runs it anew" in out
+            assert f"{name}: finished before" not in out
+        assert calls(tmp_path) == []
+    assert not (first / "metrics.jsonl").exists()
+    assert (second / "summary.json").read_text() == '{"finished": true}'
+    first.rename("first")
+    second.rename("second")
+    assert main(["compare", file, "--out", "o"]) == 0
+    assert [line.rpartition("/")[2] for line in calls(tmp_path)] == ["fedavg-s5", "fedprox-s6"]
+
+
+def test_a_run_that_ends_without_all_its_rounds_has_failed(played, tmp_path, capsys):
+    for path in (tmp_path / "templates").glob("*/metrics.jsonl"):  # as a run leaves it that was resumed without its lines
+        path.write_text("".join(line for line in path.read_text().splitlines(keepends=True) if '"round": 0' not in line))
+    assert main(["compare", played(""), "--out", "o"]) == 1
+    out = capsys.readouterr().out
+    assert "[1/4] fedavg, seed 5: failed: its folder cannot be used: 1 of 3 rounds missing in metrics.jsonl, the first" in out
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])

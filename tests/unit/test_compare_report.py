@@ -122,8 +122,34 @@ def test_an_entry_whose_runs_all_failed_says_so(tmp_path):
         ["fedavg", "fedavg", "5", "not run", ""], ["fedprox", "fedprox", "5", "failed", "gone"]]
     write_run(tmp_path / "o" / "runs" / "fedavg-s5", comparison.runs[0].config)
     (tmp_path / "o" / "runs" / "fedavg-s5" / "metrics.jsonl").write_text("{")
-    damaged = read_run(tmp_path / "o" / "runs" / "fedavg-s5", "fedavg", 5)
-    assert (damaged.state, damaged.reason.partition(":")[0]) == ("failed", "its folder cannot be read")
+    damaged = read_run(tmp_path / "o" / "runs" / "fedavg-s5", comparison.runs[0])
+    assert (damaged.state, damaged.reason.partition(":")[0]) == ("failed", "its folder cannot be used")
+
+
+def test_a_finished_run_has_all_its_rounds_and_figures(tmp_path):
+    run, folder = load(tmp_path).runs[0], tmp_path / "run"
+    write_run(folder, run.config)
+    assert read_run(folder, run).state == "finished"
+    lines = (folder / "metrics.jsonl").read_text().splitlines(keepends=True)
+    clients, rounds = [line for line in lines if "client" in line], [line for line in lines if "client" not in line]
+    for kept, reason in [
+        (rounds[1:], "1 of 3 rounds missing in metrics.jsonl, the first of them round 0; move "),
+        (rounds[:1], "2 of 3 rounds missing in metrics.jsonl, the first of them round 1; move "),
+        ([], "3 of 3 rounds missing in metrics.jsonl, the first of them round 0; move "),
+        ([*rounds, rounds[2]], "metrics.jsonl does not have the 3 rounds once and in order; move "),
+        (rounds[::-1], "metrics.jsonl does not have the 3 rounds once and in order; move "),
+        ([*rounds, "3\n"], "TypeError: "), ([*rounds[:2], rounds[2][:20]], "JSONDecodeError: "),
+    ]:
+        (folder / "metrics.jsonl").write_text("".join([*clients, *kept]))
+        found = read_run(folder, run)
+        assert (found.state, found.values) == ("failed", {})
+        assert found.reason.startswith(f"its folder cannot be used: {reason}")
+    for changes in ({"accuracy": "high"}, {"tiers": []}, {"tiers": 3}, {"bytes": {}}, {"sim_time_s": [1]}):
+        write_run(folder, run.config, **changes)
+        assert read_run(folder, run).state == "failed"
+    write_run(folder, run.config)
+    (folder / "environment.json").write_text("[]")
+    assert read_run(folder, run).state == "failed"
 
 
 def test_budgets_that_differ_are_pointed_out(results, tmp_path):

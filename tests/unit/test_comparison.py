@@ -53,6 +53,17 @@ def test_entries_and_seeds_become_whole_configs(tmp_path):
         assert load_config(None, base=run.config.to_dict()) == run.config
 
 
+def test_a_choice_is_set_as_a_whole_and_its_group_stays(tmp_path):
+    settings = {"client.schedule": {"name": "cosine"}, "server.optimizer": {"name": "adam", "learning_rate": 0.5},
+                "model": {"name": "mlp", "hidden": [8]}, "codecs.up": "fp16", "client.momentum": 0.25}
+    comparison = load(tmp_path, "client.batch_size=7", "server.max_failed_fraction=0.25",
+                      compare={"strategies": [{"name": "fedavg", "settings": settings}]})
+    config = comparison.runs[0].config
+    assert (config.client.batch_size, config.client.momentum, config.client.schedule.name) == (7, 0.25, "cosine")
+    assert (config.server.max_failed_fraction, config.server_optimizer.name) == (0.25, "adam")
+    assert config.model.options["hidden"] == [8]
+
+
 def test_the_defaults(tmp_path):
     comparison = load(tmp_path)
     assert (comparison.seeds, comparison.target_accuracy, comparison.reference) == ((5, 6), None, "fedavg")
@@ -92,6 +103,13 @@ def test_all_faults_together(tmp_path):
      "`compare.strategies[1].label` must differ from that of compare.strategies[0], but is 'FedAvg' too; give a `label`."),
     ({"strategies": [{"name": "fedavg", "settings": {"seed": 3}}]}, "which are the same for all, but sets 'seed'."),
     ({"strategies": [{"name": "fedavg", "settings": {"fleet[tiers]": 3}}]}, "`compare.strategies[0].settings` must leave"),
+    ({"strategies": [{"name": "fedavg", "settings": {"client": {"learning_rate": 0.1}}}]},
+     "`compare.strategies[0].settings` must have the form key.sub: value, but sets the whole group 'client'."),
+    ({"strategies": [{"name": "fedavg", "settings": {"backend": "gloo"}}]}, "but sets the whole group 'backend'."),
+    ({"strategies": [{"name": "fedavg", "settings": {"model.hidden[0]": 8, "rounds": 2, "model": "mlp"}}]},
+     "settings` must set nothing twice, but has both 'model' and 'model.hidden[0]', which is part of it."),
+    ({"strategies": [{"name": "fedavg", "settings": {"model.hidden.0": 8, "model.hidden[0]": 9}}]},
+     "settings` must set nothing twice, but has both 'model.hidden.0' and 'model.hidden[0]', which is part of it."),
     ({"strategies": [{"name": "fedavg", "settings": [1]}]}, "`compare.strategies[0].settings` must be a group of settings"),
     ({"strategies": ["fedavg"], "seeds": 0}, "`compare.seeds` must be a number of seeds of at least 1 and at most 1000"),
     ({"strategies": ["fedavg"], "seeds": [1, 1]}, "seeds of at least 0 and at most 9223372036854775807, but is [1, 1]."),

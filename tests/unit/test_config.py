@@ -8,6 +8,8 @@ import pytest
 import yaml
 
 from dfed.config import Choice, Config, load_config
+from dfed.registry import STRATEGIES
+from dfed.settings import settings_of
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 SHIPPED = sorted(CONFIGS.rglob("*.yaml"))
@@ -150,3 +152,17 @@ def test_the_number_of_rounds_counts_where_the_learning_rate_follows_it():
     assert _load(*cosine).fingerprint() != _load(*cosine, "rounds=9").fingerprint()
     falling = ["client.schedule.name=exponential"]
     assert _load(*falling).fingerprint() == _load(*falling, "rounds=9").fingerprint()
+
+
+def test_every_option_of_a_strategy_is_documented():
+    page = (Path(__file__).parents[2] / "docs" / "config.md").read_text(encoding="utf-8")
+    rows, owners = {}, ""
+    for line in page.partition("\n## strategy\n")[2].partition("\n## ")[0].splitlines():
+        cells = [cell.strip() for cell in line.split("|")[1:-1]]
+        if len(cells) == 5:
+            owners = cells[0] or owners
+            for name in STRATEGIES:
+                if f"`{name}`" in owners:
+                    rows.setdefault(name, set()).update(cell.strip("` ") for cell in cells[1].split(","))
+    for name in STRATEGIES:
+        assert rows.get(name, set()) == set(settings_of(STRATEGIES.get(name), ("problem",)).model_fields), name

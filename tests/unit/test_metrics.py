@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import json
+import logging
 import math
 
 import numpy as np
@@ -109,6 +110,23 @@ def test_rows_of_rounds_that_are_run_again_are_dropped(tmp_path):
     assert len(_lines(tmp_path)) == 6
     _write(tmp_path, [], next_round=0)
     assert (tmp_path / "metrics.jsonl").read_text() == ""
+
+
+def test_rounds_that_are_missing_are_warned_of(tmp_path, caplog):
+    caplog.set_level(logging.WARNING, logger="dfed.metrics")
+    _write(tmp_path, range(3))
+    _write(tmp_path, [3], next_round=3)
+    _write(tmp_path, [], next_round=4)
+    assert caplog.messages == []
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("".join(line for line in path.read_text().splitlines(keepends=True) if '"round": 1,' not in line))
+    _write(tmp_path, [], next_round=4)
+    path.unlink()
+    _write(tmp_path, [2], next_round=2)
+    _write(tmp_path, [], next_round=0)
+    assert caplog.messages == [
+        f"{path} lacks {missing} of the {before} rounds before round {before}, the first of them round {first}: figures that "
+        "are made of it will be wrong" for missing, before, first in ((1, 4, 1), (2, 2, 0))]
 
 
 @pytest.mark.parametrize(

@@ -251,7 +251,7 @@ def test_bad_settings_are_named():
     with pytest.raises(ValueError, match="window"):  # no line goes through one value
         settings_of(STRATEGIES.get("neulite"))(window=1)
     for cuts in (["nope"], ["conv1", "conv0"], ["hidden"], ["head"]):
-        with pytest.raises(ConfigError, match="cuts"):
+        with pytest.raises(ConfigError, match="split"):
             Small("neulite", split=cuts)
     assert len(Small("neulite", blocks=9).strategy.blocks.names) == 4  # no more than the units of the body
     assert Phase(batch_size=8, epochs=1) == Small("neulite").strategy.full_plan().phases[0]
