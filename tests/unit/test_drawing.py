@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import re
 from collections import Counter
@@ -23,13 +22,6 @@ from dfed.plan import Plan
 from dfed.round import lead_round
 from dfed.run import StopFlag, assemble, prepare
 from dfed.server import StatefulSampler
-
-
-@pytest.fixture(autouse=True, scope="module")
-def thaw():
-    """`assemble` freezes what there is for the collector, as a run that ends with its process may."""
-    yield
-    gc.unfreeze()
 
 SMALL = {
     "rounds": 6,
