@@ -127,8 +127,8 @@ class Config:
             device: Kind of device that clients train on, ``cpu`` or ``cuda``; part of the hash.
 
         Not part of it: where data lie, how ranks talk, what is measured and saved, how many failures end the run, and the
-        number of rounds, which may be extended unless the learning rate follows it, or the sampler does (``tifl``, for which
-        evaluations count too). Where a strategy's norm statistics are worked out anew, the mini-batches in which that is done
+        number of rounds, which may be extended unless the learning rate follows it, or the sampler does (``tifl``). With
+        ``metrics.split: validation`` it counts how often is evaluated, as something may go by that. Where a strategy's norm statistics are worked out anew, the mini-batches in which that is done
         are part of it.
         """
         value = self.to_dict()
@@ -139,9 +139,9 @@ class Config:
         del value["server"]["max_failed_fraction"]
         value["device"] = device
         value["threads"] = self.backend.threads  # sums inside kernels depend on how they are shared out
-        if self.sampler.name == "tifl":  # counts its credits by the rounds, and goes by what evaluations say
+        if self.metrics.split == "validation":  # samplers and strategies may go by what evaluations say
             value["evaluated"] = self.metrics.every
-        elif self.client.schedule.name != "cosine":
+        if self.client.schedule.name != "cosine" and self.sampler.name != "tifl":  # which counts its credits by the rounds
             del value["rounds"]
         if "statistics_samples" in self.strategy.options:  # the last model holds them
             value["statistics"] = self.metrics.batch_size

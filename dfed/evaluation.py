@@ -16,7 +16,7 @@ from dfed.errors import UpdateRejected
 from dfed.plan import Plan
 from dfed.round import no_answer
 from dfed.run import Run
-from dfed.state import ServerState
+from dfed.state import ServerState, as_saved
 
 __all__ = ["evaluate", "evaluate_variants", "follow_evaluation"]
 
@@ -26,17 +26,23 @@ def evaluate(run: Run, state: ServerState) -> tuple[ServerState, Evaluation]:
     If the strategy's clients keep no norm statistics, the figures are of the model with statistics that are worked out for it.
 
     Returns:
-        The state, with what the sampler makes of the figures, and after the run's last round with those statistics: between
-        rounds they are nobody's business, and a run that was stopped there must go on like any other. And the figures.
+        The state, with what sampler and strategy make of the figures, and after the run's last round with those statistics:
+        between rounds they are nobody's business, and a run that was stopped there must go on like any other. And the figures.
 
     Raises:
         ExchangeFailed: If the server failed while the others were at work; they cannot be told.
     """
-    params, found = _evaluate(run, run.job.strategy.evaluated(state), state)
-    if state.round_index == run.config.rounds:
-        state = replace(state, params=params)
+    strategy = run.job.strategy
+    params, found = _evaluate(run, strategy.evaluated(state), state)
     if state.round_index % run.config.metrics.every == 0:  # where a run was only cut short, an undisturbed one knows nothing
         state = note_evaluation(run.job.sampler, state, found.accuracy_on)
+        if strategy.heeds_evaluation:
+            judged = strategy.judged(state, found.loss)
+            if judged.params is not state.params and state.round_index == run.config.rounds:
+                params, found = _evaluate(run, strategy.evaluated(judged), judged)
+            state = replace(judged, facts=as_saved("the facts of a strategy", judged.facts))
+    if state.round_index == run.config.rounds:
+        state = replace(state, params=params)
     return state, found
 
 

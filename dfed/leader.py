@@ -24,7 +24,7 @@ from dfed.report.console import Console, causes
 from dfed.report.folder import RunFolder
 from dfed.round import lead_round, take_part
 from dfed.run import Run, StopFlag, assemble, prepare
-from dfed.state import ServerState
+from dfed.state import ServerState, as_saved
 
 __all__ = ["EXIT_STOPPED", "Leader", "execute", "follow"]
 
@@ -148,6 +148,8 @@ class Leader:
             result.row.update(
                 accuracy=self._evaluation.accuracy, loss=self._evaluation.loss, evaluation_s=time.perf_counter() - begun
             )
+            if self._run.job.strategy.heeds_evaluation:
+                result.row["strategy"] = as_saved("what a strategy notes of a round", self._run.job.strategy.note(state))
             if self._evaluation.refused is not None:
                 result.row["statistics"] = "stale"
                 self._warn_if_stale(self._evaluation)

@@ -64,6 +64,7 @@ class Planning:
                                up=config.codecs["up"].spec)
             self.costs = Costs(
                 self.strategy, config.client, self.forms, device, store=_store(config.data.cache), identity=choice.to_dict(),
+                by_prediction=config.memory.enforce == "predicted",
             )
 
     def _tensors(self, chain: Chain) -> tuple[dict[str, Tensor], frozenset[str]]:

@@ -175,7 +175,9 @@ STRATEGIES = Registry("strategy", {
     "heterofl": "dfed.strategies.heterofl:HeteroFL",
     "inclusivefl": "dfed.strategies.inclusivefl:InclusiveFL",
     "neulite": "dfed.strategies.neulite:NeuLite",
+    "profl": "dfed.strategies.profl:ProFL",
     "progfed": "dfed.strategies.progfed:ProgFed",
+    "smartfreeze": "dfed.strategies.smartfreeze:SmartFreeze",
 })
 SAMPLERS = Registry("sampler", {
     "oort": "dfed.server.oort:Oort",

@@ -109,6 +109,10 @@ def prepare(config: Config, device: torch.device, *, to_run: bool = True) -> Pre
         message = (f"must be at least 2 with strategy '{config.strategy.name}', which works the statistics of norms out of "
                    f"mini-batches of this size, but is {config.metrics.batch_size}.")
         raise ConfigError([Fault("metrics.batch_size", message)])
+    if planning.strategy.heeds_evaluation and config.metrics.split == "test":
+        message = (f"must be 'validation' (and `data.validation_fraction` above 0) with these options of strategy "
+                   f"'{config.strategy.name}', which goes by what evaluations say, but is 'test'.")
+        raise ConfigError([Fault("metrics.split", message)])
     return Prepared(config=config, device=device, data=data, chain=chain, fleet=fleet, partition=partition, planning=planning)
 
 

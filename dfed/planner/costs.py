@@ -35,10 +35,12 @@ class Costs:
         device: What clients train on; decides the memory that libraries take beside tensors.
         store: Where predictions are kept; None: in memory.
         identity: JSON values by which the store tells this strategy's plans from another's, e.g. its name and options.
+        by_prediction: Whether clients are held to their budgets by prediction (``memory.enforce: predicted``): then a plan fits
+            from its predicted peak on, and nothing is added for what a kernel might see besides.
 
     Attributes:
         strategy: Whose plans they are.
-        overhead_bytes: What libraries may take beside tensors.
+        overhead_bytes: What libraries may take beside tensors, if that counts.
     """
 
     def __init__(
@@ -50,9 +52,11 @@ class Costs:
         *,
         store: Store | None = None,
         identity: Any = None,
+        by_prediction: bool = False,
     ):
         self.strategy, self._settings, self._forms = strategy, settings, forms
-        self.overhead_bytes = CPU_OVERHEAD_BYTES if device.type == "cpu" else 0
+        self.overhead_bytes = CPU_OVERHEAD_BYTES if device.type == "cpu" and not by_prediction else 0
+        self._margin = 0.0 if by_prediction else GREY_ZONE
         self._store = store or Store(None)
         chain = strategy.problem.chain
         self._input_shape = chain.input_shape
@@ -77,8 +81,9 @@ class Costs:
         return self._peaks[key]
 
     def budget_bytes(self, plan: Plan) -> int:
-        """The smallest budget that is sure to do: the peak, the grey zone, and what libraries take beside tensors."""
-        return math.ceil(self.peak_bytes(plan) * (1 + GREY_ZONE)) + self.overhead_bytes
+        """The smallest budget that is sure to do: the peak, and unless it counts by prediction the grey zone and what libraries
+        take beside tensors."""
+        return math.ceil(self.peak_bytes(plan) * (1 + self._margin)) + self.overhead_bytes
 
     def fits(self, plan: Plan, budget_bytes: int | None) -> bool:
         """Whether the budget (None: without limit) is at least :meth:`budget_bytes`."""
@@ -89,7 +94,7 @@ class Costs:
         if budget_bytes is None:
             return at_most
         line = self._line(plan)
-        limit = (budget_bytes - self.overhead_bytes) / (1 + GREY_ZONE)
+        limit = (budget_bytes - self.overhead_bytes) / (1 + self._margin)
         guess = 0 if line is None else int(max(0, min(at_most, line.largest_batch(limit))))
         low, high = 0, at_most + 1  # low fits, high does not
         for middle in (guess, guess + 1):  # as a rule this is all, and nothing is left to search

@@ -110,12 +110,14 @@ class Strategy(ABC):
 
     Attributes:
         keeps_state: Whether its clients remember tensors from one turn to the next; see :meth:`remember`.
+        heeds_evaluation: Whether evaluations decide what it does next; see :meth:`judged`. Needs ``metrics.split: validation``.
         statistics_samples: Training samples from which the running statistics of norms are worked out anew before each
             evaluation, for methods whose clients keep none; None: they are what the clients sent; 0: from all samples.
         splitting: The problem's blocks, and those of ``extras``.
     """
 
     keeps_state = False
+    heeds_evaluation = False
     statistics_samples: int | None = None
 
     def __init__(self, problem: Problem, extras: Mapping[str, nn.Module] | None = None):
@@ -183,6 +185,16 @@ class Strategy(ABC):
             metrics: The round's line, and ``senders``: of each block that came up, how many clients sent it.
         """
         return new
+
+    def judged(self, state: ServerState, loss: float) -> ServerState:
+        """The state with which the next round starts, now that the global model was evaluated on validation data.
+
+        Called after every round divisible by ``metrics.every``, if ``heeds_evaluation``. May change the model.
+
+        Args:
+            loss: Mean cross-entropy; NaN or infinite where the model is lost.
+        """
+        return state
 
     def training_key(self) -> list[Any] | None:
         """JSON values on which, together with the plan, the memory and arithmetic of a client's training depend.

@@ -1,16 +1,18 @@
 """Effective movement: whether a block still gets anywhere, or only trembles. When progressive training may go on.
 
-Source: Wu, Li, Tian, Xu, "ProFL: Performant Federated Learning through Progressive Training", 2024 (arXiv 2404.13349),
-section on block freezing. With Δ_q the change of the block in round q, over a window of H rounds:
+Source: Wu, Li, Xu, "Breaking the Memory Wall for Heterogeneous Federated Learning via Progressive Training", KDD 2025 (arXiv
+2404.13349), on when a block is frozen. With Δ_q the change of the block in round q, over a window of H rounds:
 EM = ‖Σ_q Δ_q‖₁ / Σ_q ‖Δ_q‖₁, which is 1 where all rounds go the same way and falls towards 0 as they cancel out.
 
-The block is settled when the slope of a least-squares line through its last values of EM stays small.
+The block is settled when the slope of a least-squares line through its last values of EM stays small, or EM itself does.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
@@ -18,7 +20,7 @@ from torch import Tensor
 
 from dfed import rng
 
-__all__ = ["MOST_ENTRIES", "effective_movement", "is_settled", "sample_of"]
+__all__ = ["MOST_ENTRIES", "Pace", "effective_movement", "sample_of"]
 
 MOST_ENTRIES = 10_000
 """Entries of a block by which its movement is judged."""
@@ -45,20 +47,44 @@ def effective_movement(changes: Tensor) -> float:
     return float(changes.double().sum(dim=0).abs().sum()) / way if way > 0 else 0.0
 
 
-def is_settled(series: Sequence[float], *, threshold: float, patience: int, length: int) -> bool:
-    """Whether the line through the last ``length`` values was as flat as ``threshold`` (change a round), ``patience`` times.
+@dataclass(frozen=True, kw_only=True)
+class Pace:
+    """When a block in training counts as settled, by its series of EM.
 
-    Args:
-        series: EM after each round, from the first full window on.
-        length: At least 2.
+    Attributes:
+        window: Rounds over which movement is measured; at least 2, as a line goes through so many values.
+        threshold: What the figure has to stay below: the slope in size (change a round), or EM itself.
+        patience: For so many rounds.
+        criterion: ``slope``: of the least-squares line through the last ``window`` values of EM (ProFL); ``level``: EM, as
+            small movement means that rounds cancel out each other (SmartFreeze).
     """
-    if len(series) < length + patience - 1:
-        return False
-    slopes = (_slope(series[len(series) - back - length:len(series) - back]) for back in range(patience))
-    return all(math.fabs(slope) < threshold for slope in slopes)
 
+    window: int
+    threshold: float
+    patience: int
+    criterion: Literal["slope", "level"] = "slope"
 
-def _slope(values: Sequence[float]) -> float:
-    """Of the least-squares line through ``values`` at 0, 1, 2, …"""
-    places = np.arange(len(values)) - (len(values) - 1) / 2
-    return float((places * np.asarray(values)).sum() / (places**2).sum())
+    @property
+    def length(self) -> int:
+        """Values of EM on which the verdict depends."""
+        return self.patience + (self.window - 1 if self.criterion == "slope" else 0)
+
+    def is_settled(self, series: Sequence[float]) -> bool:
+        """Whether the block has settled.
+
+        Args:
+            series: EM after each round, from the first full window on.
+        """
+        if len(series) < self.length:
+            return False
+        stops = range(len(series) - self.patience + 1, len(series) + 1)
+        figures = (series[stop - 1] if self.criterion == "level" else self.slope(series[:stop]) for stop in stops)
+        return all(figure is not None and math.fabs(figure) < self.threshold for figure in figures)
+
+    def slope(self, series: Sequence[float]) -> float | None:
+        """Of the least-squares line through the last ``window`` values, a round; None if there are fewer."""
+        values = np.asarray(series[-self.window:])
+        if len(values) < self.window:
+            return None
+        places = np.arange(self.window) - (self.window - 1) / 2
+        return float((places * values).sum() / (places**2).sum())

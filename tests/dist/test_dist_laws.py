@@ -13,7 +13,8 @@ PLAIN = [FEDAVG, "rounds=3"]
 OTHERS = sorted(path for path in SMOKE.glob("*.yaml") if path != FEDAVG)
 # The second stage is trained from the fourth round on, as two windows of two rounds have been measured by then.
 ELASTIC = [SMOKE / "neulite.yaml", "rounds=4",
-           "strategy={name: neulite, blocks: 2, order: elastic, window: 2, patience: 1, threshold: 10}"]
+           "strategy={name: neulite, blocks: 2, order: elastic, window: 2, patience: 1, threshold: 10, rollback: 2}",
+           "data.validation_fraction=0.2", "metrics.split=validation"]
 VARIANTS = {
     "per_client": [*PLAIN, "exchange=per_client"],
     "predicted": [*PLAIN, "memory.enforce=predicted"],

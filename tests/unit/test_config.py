@@ -141,6 +141,9 @@ def test_what_evaluation_decides_counts_where_it_decides_something():
     tifl = ["sampler=tifl", "metrics.split=validation", "data.validation_fraction=0.1"]
     for other in ("metrics.every=7", "rounds=9"):
         assert _load(*tifl).fingerprint() != _load(*tifl, other).fingerprint()
+    on_validation = tifl[1:]  # a strategy may go by what is said on validation data, and by nothing else
+    assert _load(*on_validation).fingerprint() != _load(*on_validation, "metrics.every=7").fingerprint()
+    assert _load(*on_validation).fingerprint() == _load(*on_validation, "rounds=9").fingerprint()
 
 
 def test_a_checkpoint_belongs_to_a_kind_of_device():

@@ -121,3 +121,14 @@ def test_faults_of_the_data_name_the_configs_fields():
     own = f"data={{dataset: '{__name__}:bad_labels', partition: dirichlet}}"
     found = _refused(own)
     assert found.startswith(f"`data.dataset` must name a function that works here, but '{__name__}:bad_labels' raised OSError")
+
+
+def test_a_strategy_that_goes_by_evaluations_needs_validation_data():
+    rolls_back = "strategy={name: neulite, order: elastic, rollback: 2, split: []}"
+    assert _refused("model={name: mlp, hidden: [4, 4]}", rolls_back).startswith(
+        "`metrics.split` must be 'validation' (and `data.validation_fraction` above 0) with these options of strategy 'neulite'"
+    )
+    ok = ["model={name: mlp, hidden: [4, 4]}", rolls_back, "metrics.split=validation", "data.validation_fraction=0.2"]
+    assert run.prepare(load_config(None, ok, base=SMALL), torch.device("cpu")).planning.strategy.heeds_evaluation
+    rotates = ok[:1] + ["strategy={name: neulite, rollback: 2, split: []}"]  # no stage lasts: nothing is rolled back
+    assert not run.prepare(load_config(None, rotates, base=SMALL), torch.device("cpu")).planning.strategy.heeds_evaluation

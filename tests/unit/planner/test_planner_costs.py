@@ -16,14 +16,14 @@ from dfed.strategies import Problem, Strategy
 CPU = torch.device("cpu")
 
 
-def costs_of(model, options, shape, classes, *, strategy="fedavg", device=CPU, **settings):
+def costs_of(model, options, shape, classes, *, strategy="fedavg", device=CPU, by_prediction=False, **settings):
     chain = build_chain(model, options, input_shape=shape, num_classes=classes)
     splitting = Splitting.by_unit(chain.unit_names)
     shapes = {name: tuple(t.shape) for name, t in chain.state_dict().items() if t.is_floating_point()}
     client = ClientSettings(**settings)
     problem = Problem(chain=chain, splitting=splitting, phases=client.phases, num_clients=1, seed=0)
     made = STRATEGIES.get(strategy)(problem)
-    costs = Costs(made, client, Forms(made, splitting, shapes), device)
+    costs = Costs(made, client, Forms(made, splitting, shapes), device, by_prediction=by_prediction)
     weights = sum(parameter.numel() for parameter in chain.parameters())
     return costs, Plan(client=0, hold=splitting.names, train=splitting.names, phases=client.phases), weights
 
@@ -98,6 +98,19 @@ def test_fits_leaves_the_grey_zone_and_the_overhead():
     assert on_gpu.peak_bytes(plan) == tensors
     assert on_gpu.fits(plan, int(tensors * (1 + GREY_ZONE)) + 1)
     assert not on_gpu.fits(plan, int(tensors * (1 + GREY_ZONE)) - 1)
+
+
+def test_where_prediction_is_the_verdict_a_plan_fits_from_its_peak_on():
+    """``memory.enforce: predicted`` refuses a client below the peak, and nobody else."""
+    costs, plan, _ = costs_of("cnn", {"hidden": 32}, (1, 16, 16), 10, batch_size=16, by_prediction=True)
+    peak = costs.peak_bytes(plan)
+    assert costs.budget_bytes(plan) == peak
+    assert costs.fits(plan, peak)
+    assert not costs.fits(plan, peak - 1)
+    for batch in (1, 7, 100):
+        exact = costs.peak_bytes(with_batch(plan, batch))
+        assert costs.largest_batch(plan, exact, 200) == batch
+        assert costs.largest_batch(plan, exact - 1, 200) == batch - 1
 
 
 @pytest.mark.parametrize(("model", "options"), [

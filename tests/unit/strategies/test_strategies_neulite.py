@@ -15,7 +15,7 @@ from dfed.errors import ConfigError
 from dfed.plan import Phase
 from dfed.registry import STRATEGIES
 from dfed.settings import settings_of
-from dfed.strategies.movement import MOST_ENTRIES, effective_movement, is_settled, sample_of
+from dfed.strategies.movement import MOST_ENTRIES, Pace, effective_movement, sample_of
 
 STAGES = 3
 CUTS = ["conv0", "conv1"]
@@ -153,7 +153,8 @@ def test_frozen_norms_use_and_keep_their_statistics(small):
 def test_an_elastic_tail_takes_what_the_budget_allows():
     small = Small("neulite", "resnet8", {"width": 8}, shape=(3, 16, 16), split=["layer1_0", "layer2_0"], tail="elastic")
     strategy = small.strategy
-    state = replace(strategy.init(small.values), facts={"stage": 1, "movement": []})
+    state = strategy.init(small.values)
+    state = replace(state, facts={**state.facts, "stage": 1})
     needs = [small.costs.budget_bytes(strategy.plan_at(1, thawed=thawed)) for thawed in range(3)]
     assert needs == sorted(needs)
     assert needs[2] > needs[1] > needs[0]
@@ -187,7 +188,7 @@ def test_elastic_goes_on_when_the_block_has_settled():
     """Steady steps give EM = 1 in every window: settled as soon as ``patience`` lines are flat. A turn-around bends them."""
     small = Small("neulite", split=CUTS, order="elastic", window=3, patience=2, threshold=0.05)
     strategy = small.strategy
-    state, series, stages, evaluated = strategy.init(small.values), [], [], []
+    state, series, slopes, left, stages, evaluated = strategy.init(small.values), [], [], [], [], []
     assert strategy.evaluated(state).options["stage"] == 0
     steps = [1.0] * 8
     for step in steps:
@@ -195,12 +196,18 @@ def test_elastic_goes_on_when_the_block_has_settled():
         state = strategy.advance(state, replace(state, params=params, round_index=state.round_index + 1), SOME)
         stages.append(state.facts["stage"])
         evaluated.append(strategy.evaluated(state).options["stage"])
-        series.append(strategy.note(state)["movement"])
+        noted = strategy.note(state)
+        series.append(noted["movement"])
+        slopes.append(noted["slope"])
+        left.append(noted.get("left"))
     # Windows are full from round 3 on; lines of three values from round 5; two flat ones in round 6.
     assert stages == [0, 0, 0, 0, 0, 1, 1, 1]
     # Sums of a thousandth in float32 leave four digits.
-    assert series[2:5] == pytest.approx([1, 1, 1], rel=1e-3)
-    assert series[5] is None  # the next block starts with a window of its own
+    assert series[2:6] == pytest.approx([1, 1, 1, 1], rel=1e-3)
+    assert series[6] is None  # the next block starts with a window of its own
+    assert left == [None] * 5 + [{"stage": 1, "why": "settled"}] + [None] * 2
+    assert slopes[:4] == [None] * 4
+    assert slopes[4:6] == pytest.approx([0, 0], abs=1e-3)
     assert evaluated == [0, 0, 0, 0, 0, 0, 1, 1]  # never one that nobody has trained
     nobody = strategy.advance(replace(state, facts={**state.facts, "stage": 2}, tensors={}), state, NOBODY)
     assert strategy.evaluated(nobody).options["stage"] == 1
@@ -208,7 +215,7 @@ def test_elastic_goes_on_when_the_block_has_settled():
         state = strategy.advance(state, replace(state, round_index=state.round_index + 1), SOME)
         assert len(state.facts["movement"]) <= 3 + 2 - 1
         assert len(state.tensors.get("movement", ())) <= 3
-    assert not is_settled([1.0, 1.0, 1.0, 0.8, 0.6], threshold=0.05, patience=2, length=3)  # flat once only
+    assert not Pace(window=3, threshold=0.05, patience=2).is_settled([1.0, 1.0, 1.0, 0.8, 0.6])  # flat once only
 
 
 def test_effective_movement_against_its_definition():
@@ -222,8 +229,13 @@ def test_effective_movement_against_its_definition():
     series = generator.standard_normal(9).tolist()
     slope = np.polyfit(range(4), series[5:], 1)[0]
     for threshold, settled in ((abs(slope) * 1.01, True), (abs(slope) * 0.99, False)):
-        assert is_settled(series, threshold=threshold, patience=1, length=4) == settled
-    assert not is_settled(series[:3], threshold=math.inf, patience=1, length=4)
+        pace = Pace(window=4, threshold=threshold, patience=1)
+        assert pace.is_settled(series) == settled
+        assert pace.slope(series) == pytest.approx(slope, rel=1e-9)
+    assert not Pace(window=4, threshold=math.inf, patience=1).is_settled(series[:3])
+    assert Pace(window=4, threshold=math.inf, patience=1).slope(series[:3]) is None
+    low = Pace(window=4, threshold=0.3, patience=2, criterion="level")
+    assert [low.is_settled(values) for values in ([0.9, 0.2, 0.2], [0.9, 0.2, 0.4], [0.2], [])] == [True, False, False, False]
 
 
 def test_the_sample_is_always_the_same_and_at_most_so_many():
