@@ -49,8 +49,8 @@ class NeuLite(Progressive):
             largest stage needs the least memory; or the last unit of each block but the last.
         blocks: T, where ``split`` is no list; null, with ``auto``: as many as serve.
         order: ``rotate`` or ``elastic``.
-        tail: What is trained of the block before: its last convolution and norm, or ``elastic``: as many of its units as fit
-            the client, or ``none``.
+        tail: What is trained of the block before: its last convolution and norm, or ``none``, or ``elastic``: as many of its
+            units as fit the client, else its last convolution and norm, else nothing.
         mentor_input: λ1 in the first stage.
         mentor_label: λ2 in the last stage.
         proximal: μ.
@@ -58,8 +58,8 @@ class NeuLite(Progressive):
         projection: Widths of the linear layers behind the pooled features; empty: none.
         window, threshold, patience: With ``elastic``, when a block has settled; see :class:`dfed.strategies.movement.Pace`.
         criterion: Likewise: ``slope`` or ``level``.
-        shrink_rounds: With ``elastic``: rounds of each stage on the way from the last block to the second, before the first one's
-            turn; 0: none.
+        shrink_rounds: With ``elastic``: rounds of each stage on the way from the last block to the second, before the turn of
+            the first; 0: none.
         rollback: With ``elastic``: rounds without a smaller validation loss after which a stage takes back its best values
             and ends; null: never. Needs ``metrics.split: validation``.
     """
@@ -92,9 +92,11 @@ class NeuLite(Progressive):
         return [*super().training_key(), self.tail, terms, self.proximal > 0, self.proximal_on, widths]
 
     def plans(self, number: int, client: int, *, shrinks: bool) -> list[Plan]:
-        before = len(self.blocks.blocks[self.blocks.names[number - 1]]) if number else 0
-        more = range(before, -1, -1) if self.tail == "elastic" and not shrinks else [0]
-        return [self.plan_at(number, client, thawed=thawed, shrinks=shrinks) for thawed in more]
+        if self.tail != "elastic" or shrinks or not number:
+            return super().plans(number, client, shrinks=shrinks)
+        before = len(self.blocks.blocks[self.blocks.names[number - 1]])
+        more = [self.plan_at(number, client, thawed=thawed) for thawed in range(before, -1, -1)]
+        return [*more, self.plan_at(number, client, tail=False)]
 
     def own_extras(self, block: str) -> list[str]:
         return super().own_extras(block) + ([f"mentor_{block}"] if self.projects else [])

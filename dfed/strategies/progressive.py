@@ -90,22 +90,22 @@ class Progressive(Strategy):
 
     def plans(self, number: int, client: int, *, shrinks: bool) -> list[Plan]:
         """What a client might do in stage ``number``, from 0, the best first."""
-        return [self.plan_at(number, client, shrinks=shrinks)]
+        return [self.plan_at(number, client, tail=not shrinks)]
 
-    def plan_at(self, number: int, client: int = 0, *, thawed: int = 0, shrinks: bool = False) -> Plan:
+    def plan_at(self, number: int, client: int = 0, *, thawed: int = 0, tail: bool = True) -> Plan:
         """Training of stage ``number``, from 0.
 
         Args:
             thawed: Units of the block before that are trained whole.
-            shrinks: Whether the block before is not trained at all, tail included, as it is not its turn yet.
+            tail: Whether of the block before the tail is trained, if the method does so; what is thawed is in any case.
         """
         name, units = list(self.blocks.blocks.items())[number]
         names, own = self.problem.chain.unit_names, self.own_extras(name)
         start, stop = names.index(units[0]), names.index(units[-1]) + 1
-        first = start - max(thawed, 1 if number and self.trains_tail and not shrinks else 0)
+        first = start - max(thawed, 1 if number and self.trains_tail and tail else 0)
         train = (*names[first:stop], *own)
         phases = tuple(replace(phase, objective=self.objective, train=train) for phase in self.problem.phases)
-        options = {"stage": number, "thawed": thawed, **({"shrinks": True} if shrinks else {})}
+        options = {"stage": number, "thawed": thawed, **({} if tail else {"tail": False})}
         return Plan(client=client, hold=(*names[:stop], *own), train=train, phases=phases, options=options)
 
     def own_extras(self, block: str) -> list[str]:
@@ -116,7 +116,7 @@ class Progressive(Strategy):
         if "stage" not in plan.options:
             return super().build(plan)
         number = plan.options["stage"]
-        tail = self.trains_tail and not plan.options.get("shrinks", False)
+        tail = self.trains_tail and plan.options.get("tail", True)
         model = stage(self.problem.chain, self.blocks, number, tail=tail)
         if plan.options["thawed"]:
             start = model.index_of(self.blocks.blocks[self.blocks.names[number]][0])

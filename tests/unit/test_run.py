@@ -130,5 +130,5 @@ def test_a_strategy_that_goes_by_evaluations_needs_validation_data():
     )
     ok = ["model={name: mlp, hidden: [4, 4]}", rolls_back, "metrics.split=validation", "data.validation_fraction=0.2"]
     assert run.prepare(load_config(None, ok, base=SMALL), torch.device("cpu")).planning.strategy.heeds_evaluation
-    rotates = ok[:1] + ["strategy={name: neulite, rollback: 2, split: []}"]  # no stage lasts: nothing is rolled back
+    rotates = [ok[0], "strategy={name: neulite, rollback: 2, split: []}"]  # no stage lasts: nothing is rolled back
     assert not run.prepare(load_config(None, rotates, base=SMALL), torch.device("cpu")).planning.strategy.heeds_evaluation

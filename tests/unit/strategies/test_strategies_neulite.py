@@ -162,7 +162,16 @@ def test_an_elastic_tail_takes_what_the_budget_allows():
         plan = strategy.plan(state, small.candidate(needs[thawed]))
         assert plan.options["thawed"] == thawed
         assert plan.train == (*(("layer1_0",), ("layer1_0",), ("stem", "layer1_0"))[thawed], "layer2_0", "output_b1")
-    assert strategy.plan(state, small.candidate(needs[0] - 1)) is None
+    plan = strategy.plan(state, small.candidate(needs[0] - 1))  # less than for the tail: nothing of the block before
+    assert (plan.train, plan.options["tail"]) == (("layer2_0", "output_b1"), False)
+    least = small.costs.budget_bytes(plan)
+    assert strategy.plan(state, small.candidate(least)) == plan
+    assert strategy.plan(state, small.candidate(least - 1)) is None
+    assert {name.partition(".")[0] for name, parameter in strategy.build(plan).named_parameters() if parameter.requires_grad} == {
+        "layer2_0", "output_b1"}
+    first = replace(state, facts={**state.facts, "stage": 0})
+    assert strategy.plan(first, small.candidate(0)) is None
+    assert len(strategy.plans(0, 3, shrinks=False)) == 1
 
 
 def test_rotation(small):
