@@ -41,6 +41,7 @@ class Job:
     Attributes:
         clients_folder: On the server: where clients keep their states; None if they have none.
         body: On the server: holds what is broadcast, from round to round.
+        deadline_s: How many simulated seconds the server waits for its clients at most; None: for as long as it takes.
     """
 
     seed: int
@@ -48,6 +49,7 @@ class Job:
     cohort: int
     exchange: str
     max_failed_fraction: float
+    deadline_s: float | None
     strategy: Strategy
     strategy_name: str
     shapes: Mapping[str, tuple[int, ...]]
@@ -70,7 +72,8 @@ class Job:
 
     def asked(self, state: ServerState) -> Asked:
         """The plans that the strategy has for clients in the round after ``state``; none is asked for yet."""
-        return Asked(strategy=self.strategy, fleet=self.fleet, partition=self.partition, costs=self.costs, state=state)
+        return Asked(strategy=self.strategy, fleet=self.fleet, partition=self.partition, costs=self.costs, state=state,
+                     deadline_s=self.deadline_s)
 
     def view(self, state: ServerState) -> View:
         """What a sampler that remembers may ask in the round after ``state``."""
@@ -84,7 +87,10 @@ class Cohort:
     Attributes:
         dropped: Clients that vanish during the round.
         refused: Clients whose predicted peak exceeds their budget, where ``memory.enforce`` is ``predicted``.
-        late: Clients that the round does not wait for: more were drawn than wanted, and these are predicted to be the slowest.
+        late: Clients that no rank plays, as the server does not take what they would send: they would be done after the
+            deadline, or more were drawn than wanted, and these are predicted to be the slowest of the others.
+        waits_in_vain: Whether the server waits until the deadline for some that do not answer: they dropped out, or would
+            be done after it. It does not where as many as wanted are there by then.
     """
 
     plans: Mapping[int, Plan]
@@ -92,6 +98,7 @@ class Cohort:
     dropped: frozenset[int]
     refused: frozenset[int]
     late: frozenset[int]
+    waits_in_vain: bool
     ineligible: int
     unavailable: int
 
@@ -124,17 +131,31 @@ def choose_cohort(job: Job, state: ServerState) -> Cohort:
     dropped = frozenset(client for client in chosen if job.fleet.drops_out(client, round_index))
     refused = frozenset(c for c in chosen if c not in dropped and _is_over_budget(job, c, plans[c]))
     present = [c for c in chosen if c not in dropped | refused]
+    too_slow = frozenset(c for c in present if _misses_deadline(job, c, plans[c], round_index))
+    present = [c for c in present if c not in too_slow]
     if len(present) > job.cohort:
         present.sort(key=lambda client: (asked.cost(client), client))
-    late = frozenset(present[job.cohort :])
+    late = too_slow.union(present[job.cohort :])
+    waits_in_vain = job.deadline_s is not None and bool(dropped | too_slow) and len(present) < job.cohort
     costs = {c: job.costs.flops(plans[c], job.partition.num_samples(c)) for c in present if c not in late}
     ranks = _assign(costs, job.transport.client_ranks)
-    return Cohort({c: plans[c] for c in chosen}, ranks, dropped, refused, late, **in_vain)
+    return Cohort({c: plans[c] for c in chosen}, ranks, dropped, refused, late, waits_in_vain, **in_vain)
 
 
 def _is_over_budget(job: Job, client: int, plan: Plan) -> bool:
     budget = job.fleet.profile(client).budget_bytes
     return job.refuses_over_budget and budget is not None and job.costs.peak_bytes(plan) > budget
+
+
+def _misses_deadline(job: Job, client: int, plan: Plan, round_index: int) -> bool:
+    """Whether the client would be done after the deadline, with whatever slows it down, as the server then finds out."""
+    if job.deadline_s is None:
+        return False
+    form, flops = job.forms.of(plan), job.costs.flops(plan, job.partition.num_samples(client))
+    down, up = sum(form.down_bytes(round_index, client).values()), sum(form.up_bytes(round_index, client).values())
+    slowed = job.fleet.straggles(client, round_index)
+    cost = client_cost(job.fleet.profile(client), flops=flops, bytes_down=down, bytes_up=up, slowed=slowed)
+    return cost.total_s > job.deadline_s
 
 
 def _assign(costs: Mapping[int, float], ranks: Sequence[int]) -> dict[int, int]:
@@ -192,7 +213,7 @@ def client_rows(job: Job, cohort: Cohort, reports: Sequence[Mapping[str, Any]], 
     absent = [*_absent(job, cohort, cohort.dropped, "failed", "dropout", round_index),
               *_absent(job, cohort, cohort.late, "failed", "late", round_index),
               *_absent(job, cohort, cohort.refused, "oom", "predicted", round_index)]
-    return [{"round": round_index, **_client_row(job, cohort, report)} for report in [*reports, *absent]]
+    return [{"round": round_index, **_client_row(job, cohort, report, round_index)} for report in [*reports, *absent]]
 
 
 def _absent(job: Job, cohort: Cohort, clients: Iterable[int], status: str, reason: str,
@@ -205,14 +226,15 @@ def _absent(job: Job, cohort: Cohort, clients: Iterable[int], status: str, reaso
     ]
 
 
-def _client_row(job: Job, cohort: Cohort, report: Mapping[str, Any]) -> dict[str, Any]:
+def _client_row(job: Job, cohort: Cohort, report: Mapping[str, Any], round_index: int) -> dict[str, Any]:
     """One client's line of metrics: its report, its device, and what the round cost it in virtual time and energy."""
     client, plan = report["client"], cohort.plans[report["client"]]
     profile, num_samples = job.fleet.profile(client), job.partition.num_samples(client)
     down, up = sum(report["bytes_down"].values()), sum(report["bytes_up"].values())
-    form = job.forms.of(plan)
+    form, slowed = job.forms.of(plan), job.fleet.straggles(client, round_index)
     trains = report["status"] == "completed" or client in cohort.late
-    cost = client_cost(profile, flops=job.costs.flops(plan, num_samples) if trains else 0.0, bytes_down=down, bytes_up=up)
+    flops = job.costs.flops(plan, num_samples) if trains else 0.0
+    cost = client_cost(profile, flops=flops, bytes_down=down, bytes_up=up, slowed=slowed)
     return {
         "client": client,
         "tier": profile.tier,
@@ -228,26 +250,37 @@ def _client_row(job: Job, cohort: Cohort, report: Mapping[str, Any]) -> dict[str
         "bytes_down": down,
         "bytes_header": report["bytes_down"].get("header", 0) + report["bytes_up"].get("header", 0),
         "bytes_by_block": {"down": form.down_blocks, "up": form.up_blocks if up else {}},
+        "slowed": slowed,
         "sim_time_s": cost.total_s,
         "energy_j": cost.energy_j,
     }
 
 
-def round_row(cohort: Cohort, clients: Sequence[Mapping[str, Any]], round_index: int) -> dict[str, Any]:
-    """The round's line of metrics, as far as it follows from its clients' lines."""
+def round_row(
+    cohort: Cohort, clients: Sequence[Mapping[str, Any]], round_index: int, deadline_s: float | None
+) -> dict[str, Any]:
+    """The round's line of metrics, as far as it follows from its clients' lines and the deadline."""
     completed = [row for row in clients if row["status"] == "completed"]
     visits = sum(row["num_visits"] for row in completed)
     counts = {status: sum(row["status"] == status for row in clients) for status in ("completed", "oom", "failed")}
-    waited_for = [Cost(row["sim_time_s"], 0.0, 0.0, row["energy_j"]) for row in clients if row["client"] not in cohort.late]
     return {
         "round": round_index,
         "train_loss": sum(row["loss"] * row["num_visits"] for row in completed) / visits if visits else None,
         "clients": {"selected": len(clients), **counts, "ineligible": cohort.ineligible, "unavailable": cohort.unavailable},
         "bytes": {"up": sum(row["bytes_up"] for row in clients), "down": sum(row["bytes_down"] for row in clients),
                   "by_block": {direction: _by_block(clients, direction) for direction in ("down", "up")}},
-        "sim_time_s": round_time(waited_for),
+        "sim_time_s": _round_time(cohort, clients, deadline_s),
         "energy_j": sum(row["energy_j"] for row in clients),
     }
+
+
+def _round_time(cohort: Cohort, clients: Sequence[Mapping[str, Any]], deadline_s: float | None) -> float:
+    """Simulated seconds from the first byte sent until the server waits no longer."""
+    if deadline_s is not None and cohort.waits_in_vain:
+        return deadline_s
+    waited_for = [Cost(row["sim_time_s"], 0.0, 0.0, row["energy_j"]) for row in clients if row["client"] not in cohort.late]
+    longest = round_time(waited_for)
+    return longest if deadline_s is None else min(longest, deadline_s)
 
 
 def _by_block(clients: Sequence[Mapping[str, Any]], direction: str) -> dict[str, dict[str, int]]:

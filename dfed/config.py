@@ -58,10 +58,13 @@ class ServerSettings(Settings):
 
     Attributes:
         max_failed_fraction: The run ends when more of a cohort than this failed by their own fault: exceptions and
-            rejected updates; not running out of memory, not dropping out.
+            rejected updates; not running out of memory, not dropping out, not being late.
+        deadline: Simulated seconds for which the server waits for its clients in a round at most; None: for as long as it
+            takes. Who would be done later is not waited for.
     """
 
     max_failed_fraction: Annotated[float, Field(ge=0, le=1)] = 0.5
+    deadline: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
 
 
 class _Top(Settings):
@@ -128,8 +131,8 @@ class Config:
 
         Not part of it: where data lie, how ranks talk, what is measured and saved, how many failures end the run, and the
         number of rounds, which may be extended unless the learning rate follows it, or the sampler does (``tifl``). With
-        ``metrics.split: validation`` it counts how often is evaluated, as something may go by that. Where a strategy's norm statistics are worked out anew, the mini-batches in which that is done
-        are part of it.
+        ``metrics.split: validation`` it counts how often is evaluated, as something may go by that. Where a strategy's norm
+        statistics are worked out anew, the mini-batches in which that is done are part of it.
         """
         value = self.to_dict()
         for name in ("backend", "metrics", "checkpoint", "exchange"):
@@ -273,6 +276,9 @@ def _cross_check(raw: Mapping[str, Any], faults: list[Fault]) -> None:
     if _within(raw, "metrics", "split") == "validation" and _within(raw, "data", "validation_fraction") in (None, 0):
         message = "must be 'test' unless `data.validation_fraction` is above 0, but is 'validation'."
         faults.append(Fault("metrics.split", message))
+    if _within(raw, "metrics", "test_at_end") is True and _within(raw, "metrics", "split") in (None, "test"):
+        message = "must be false where `metrics.split` is 'test', with which all evaluations are on the test set, but is true."
+        faults.append(Fault("metrics.test_at_end", message))
 
 
 def _within(raw: Mapping[str, Any], group: str, name: str) -> Any:

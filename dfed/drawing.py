@@ -20,10 +20,16 @@ __all__ = ["Asked", "advance", "begin", "note_evaluation"]
 
 
 class Asked:
-    """The plans that the strategy has for clients in one round. The strategy is asked once for each, when it is wanted."""
+    """The plans that the strategy has for clients in one round. The strategy is asked once for each, when it is wanted.
 
-    def __init__(self, *, strategy: Strategy, fleet: Fleet, partition: Partition, costs: Costs, state: ServerState):
+    Args:
+        deadline_s: See :class:`dfed.planner.ClientPlanner`.
+    """
+
+    def __init__(self, *, strategy: Strategy, fleet: Fleet, partition: Partition, costs: Costs, state: ServerState,
+                 deadline_s: float | None):
         self._strategy, self._fleet, self._partition, self._costs, self._state = strategy, fleet, partition, costs, state
+        self._deadline_s = deadline_s
         self._found: dict[int, tuple[ClientPlanner, Plan | None]] = {}
 
     def plan(self, client: int) -> Plan | None:
@@ -31,7 +37,7 @@ class Asked:
         return self._ask(client)[1]
 
     def cost(self, client: int) -> float | None:
-        """Predicted simulated seconds of the client's round; None without a plan."""
+        """Predicted simulated seconds of the client's round, if nothing slows it down; None without a plan."""
         planner, plan = self._ask(client)
         return None if plan is None else planner.cost(plan).total_s
 
@@ -56,7 +62,7 @@ class Asked:
     def _ask(self, client: int) -> tuple[ClientPlanner, Plan | None]:
         if client not in self._found:
             num_samples, profile = self._partition.num_samples(client), self._fleet.profile(client)
-            planner = ClientPlanner(self._costs, profile, num_samples, self._state.infeasible)
+            planner = ClientPlanner(self._costs, profile, num_samples, self._state.infeasible, self._deadline_s)
             candidate = Candidate(client, self._state.round_index, num_samples, profile, planner,
                                   lambda: self._partition.label_counts([client]))
             plan = self._strategy.plan(self._state, candidate) if num_samples else None

@@ -26,6 +26,8 @@ __all__ = ["FirstPlan", "Forecast", "TierRow", "asking", "device_order"]
 
 _MOST_BYTES = 2**50
 _NO_PLAN = "the strategy has no plan for such a client, whatever its budget"
+_NO_PLAN_IN_TIME = f"{_NO_PLAN}, that would be done within `server.deadline` ({{:g}} s)"
+_NOT_IN_TIME = "the plan takes {:g} simulated s, and `server.deadline` is {:g}"
 _TOO_MUCH = "the plan needs more than 1 PiB"
 
 
@@ -44,7 +46,7 @@ class TierRow:
         smallest_bytes: The smallest budget with which such a client is sure to take part as configured; None if with none.
         reason: Why with none.
         peak_bytes: Predicted peak of the tensors; None, like all that follows, where the strategy has no plan, or one that
-            does not run on any budget.
+            cannot be trained on any budget.
         needed_bytes: The smallest budget that is sure to do for this plan.
         trained_share: Parameters trained, of the model's.
         bytes_down, bytes_up: Of the messages, headers included.
@@ -74,11 +76,15 @@ class TierRow:
 
 
 class FirstPlan(NamedTuple):
-    """A plan of the first round, what becomes of it, and, if it cannot run on any budget, why."""
+    """A plan of the first round, what becomes of it, and, if it cannot run or be done in time on any budget, why.
+
+    ``trains`` is whether it can be trained, in time or not.
+    """
 
     plan: Plan
     verdict: Verdict
     reason: str | None
+    trains: bool = True
 
 
 @contextmanager
@@ -109,20 +115,22 @@ class Forecast:
 
     Args:
         name: What the config calls the strategy.
+        deadline_s: See :class:`dfed.planner.ClientPlanner`.
 
     Raises:
         ConfigError: Like all methods, if the strategy returns what is no plan for this model.
     """
 
-    def __init__(self, planning: Planning, name: str):
-        self._planning, self._costs, self._name = planning, planning.costs, name
+    def __init__(self, planning: Planning, name: str, deadline_s: float | None = None):
+        self._planning, self._costs, self._name, self._deadline_s = planning, planning.costs, name, deadline_s
         params = {name: torch.empty(shape, device="meta") for name, shape in planning.shapes.items()}
         self._state = planning.strategy.init(params)
         self._needs: dict[str, tuple[int, int] | str] = {}  # by cost key: peak and needed bytes, or why it cannot run
 
     def first(self, profile: DeviceProfile, num_samples: int) -> FirstPlan | None:
-        """The plan of the first round, and whether it runs, by the run's own rule (``memory.enforce``); None: there is none."""
-        planner = ClientPlanner(self._costs, profile, num_samples, {})
+        """The plan of the first round, and whether it runs, by the run's own rules (``memory.enforce``, ``server.deadline``);
+        None: there is none."""
+        planner = self._planner(profile, num_samples)
         plan = self._planning.strategy.plan(self._state, Candidate(0, 0, num_samples, profile, planner))
         if plan is None:
             return None
@@ -136,8 +144,14 @@ class Forecast:
             self._needs[key] = reason or (self._costs.peak_bytes(plan), self._costs.budget_bytes(plan))
         needs = self._needs[key]
         if isinstance(needs, str):
-            return FirstPlan(plan, "no", needs)
+            return FirstPlan(plan, "no", needs, trains=False)
+        time_s = planner.cost(plan).total_s
+        if self._deadline_s is not None and time_s > self._deadline_s:
+            return FirstPlan(plan, "no", _NOT_IN_TIME.format(time_s, self._deadline_s))
         return FirstPlan(plan, verdict_of(*needs, profile.budget_bytes, self._planning.enforce), None)
+
+    def _planner(self, profile: DeviceProfile, num_samples: int) -> ClientPlanner:
+        return ClientPlanner(self._costs, profile, num_samples, {}, self._deadline_s)
 
     def first_of_all(self, profiles: Sequence[DeviceProfile], num_samples: int) -> list[FirstPlan | None]:
         """As :meth:`first` for each of ``profiles``, which are of one tier and sorted by :func:`device_order`.
@@ -196,15 +210,18 @@ class Forecast:
             "batch_size": self._planning.strategy.problem.phases[0].batch_size,
             "largest_batch": largest_batch(costs, most.plan, weakest.budget_bytes) if most else 0,
             "smallest_bytes": smallest,
-            "reason": None if smallest is not None else most.reason or _TOO_MUCH if most else _NO_PLAN,
+            "reason": None if smallest is not None else most.reason or _TOO_MUCH if most else self._no_plan(),
         }
-        if first is None or first.reason:
+        if first is None or not first.trains:
             return TierRow(**common)
         plan = first.plan
-        cost, (down, up) = ClientPlanner(costs, weakest, num_samples, {}).cost(plan), costs.message_bytes(plan)
+        cost, (down, up) = self._planner(weakest, num_samples).cost(plan), costs.message_bytes(plan)
         return TierRow(**common, peak_bytes=costs.peak_bytes(plan), needed_bytes=costs.budget_bytes(plan),
                        trained_share=self._trained_share(plan), bytes_down=down, bytes_up=up,
                        flops=costs.flops(plan, num_samples), sim_time_s=cost.total_s, energy_j=cost.energy_j)
+
+    def _no_plan(self) -> str:
+        return _NO_PLAN if self._deadline_s is None else _NO_PLAN_IN_TIME.format(self._deadline_s)
 
     def _smallest_budget(self, profile: DeviceProfile, num_samples: int) -> int | None:
         """The smallest budget with which the strategy has a plan for such a client, and one that fits; None if with none."""
@@ -230,4 +247,4 @@ def device_order(profile: DeviceProfile) -> tuple[float, ...]:
     """Order of a tier's devices in which those that differ in their budget only, which comes last, stand together."""
     budget = math.inf if profile.budget_bytes is None else profile.budget_bytes
     return (profile.flops, profile.up, profile.down, profile.watts, profile.radio_watts, profile.availability,
-            profile.dropout, budget)
+            profile.dropout, profile.straggle, profile.slowdown, budget)

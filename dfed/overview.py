@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from dfed.config import Choice, Config
 from dfed.errors import ConfigError
 from dfed.faults import faults_of
-from dfed.fleet import DeviceProfile
+from dfed.fleet import DeviceProfile, Fleet
 from dfed.forecast import Forecast, TierRow, asking, device_order
 from dfed.planning import Planning
 from dfed.registry import STRATEGIES, calling
@@ -85,15 +85,17 @@ class _Tier:
     devices: np.ndarray
 
 
-def _tier(prepared: Prepared, name: str) -> _Tier:
-    fleet = prepared.fleet
+def _tier(fleet: Fleet, kinds: np.ndarray, name: str) -> _Tier:
+    """The tier of this name.
+
+    Args:
+        kinds: ``fleet.kinds()``.
+    """
     clients = fleet.tier_clients(name, None)
-    if prepared.config.fleet.csv is None:
-        return _Tier(clients, [fleet.profile(int(clients[0]))], np.zeros(len(clients), dtype=np.int64))
-    owned = [fleet.profile(client) for client in clients.tolist()]
-    profiles = sorted(set(owned), key=device_order)
-    places = {profile: place for place, profile in enumerate(profiles)}
-    return _Tier(clients, profiles, np.array([places[profile] for profile in owned], dtype=np.int64))
+    _, first, kind_of = np.unique(kinds[clients], return_index=True, return_inverse=True)
+    owned = [fleet.profile(client) for client in clients[first].tolist()]
+    order = sorted(range(len(owned)), key=lambda kind: device_order(owned[kind]))
+    return _Tier(clients, [owned[kind] for kind in order], np.argsort(order)[kind_of])
 
 
 class Survey:
@@ -102,7 +104,9 @@ class Survey:
     def __init__(self, prepared: Prepared):
         self._prepared = prepared
         self._sizes = prepared.partition.sizes()
-        self._tiers = [_tier(prepared, name) for name in prepared.fleet.tier_names]
+        fleet = prepared.fleet
+        kinds = fleet.kinds()
+        self._tiers = [_tier(fleet, kinds, name) for name in fleet.tier_names]
         self._classes: dict[bytes, int] = {}
 
     def under(self, choice: Choice) -> tuple[list[TierRow], Participation]:
@@ -116,7 +120,7 @@ class Survey:
                             device=prepared.device, budgets=prepared.fleet.budgets())
         rows, able = [], []
         with asking(choice.name, prepared.config.model.name):
-            forecast = Forecast(planning, choice.name)
+            forecast = Forecast(planning, choice.name, prepared.config.server.deadline)
             for tier in self._tiers:
                 mean = max(1, round(int(self._sizes[tier.clients].sum()) / len(tier.clients)))
                 found = forecast.first_of_all(tier.profiles, mean)

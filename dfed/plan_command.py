@@ -20,7 +20,7 @@ from dfed.client import ClientSettings
 from dfed.config import Config, load_config
 from dfed.data import Bundle, Dataset
 from dfed.errors import ConfigError, Fault
-from dfed.fleet.settings import parse_memory
+from dfed.fleet.budget import parse_memory
 from dfed.forecast import asking
 from dfed.models import Chain
 from dfed.planner import Split, Store

@@ -71,7 +71,7 @@ def lead_round(job: Job, state: ServerState) -> RoundResult:
 
     # 7. Metrics, virtual clock, and the strategy's own state.
     clients = client_rows(job, cohort, reports, state.round_index)
-    row = round_row(cohort, clients, state.round_index)
+    row = round_row(cohort, clients, state.round_index, job.deadline_s)
     row["bytes"]["fabric"] = job.transport.fabric_bytes - fabric
     row["time_s"] = time.perf_counter() - start
     senders = Counter(block for plan in completed for block in plan.train)

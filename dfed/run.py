@@ -17,7 +17,7 @@ from dfed.client import Evaluator, Worker
 from dfed.cohort import Job
 from dfed.comm import Link, Transport
 from dfed.config import Choice, Config
-from dfed.data import DataSplits, Partition, load, make_partition
+from dfed.data import Dataset, DataSplits, Partition, load, make_partition
 from dfed.errors import ConfigError, Fault
 from dfed.fleet import Fleet
 from dfed.memory import check_cap, make_cap
@@ -60,13 +60,19 @@ class Prepared:
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """All that a rank holds during a run."""
+    """All that a rank holds during a run.
+
+    Attributes:
+        evaluator: On ``metrics.split``.
+        test_evaluator: On the test set, with ``metrics.test_at_end``; else None.
+    """
 
     config: Config
     job: Job
     link: Link
     planning: Planning
     evaluator: Evaluator
+    test_evaluator: Evaluator | None = None
 
     @property
     def transport(self) -> Transport:
@@ -152,12 +158,19 @@ def _check_host(config: Config, data: DataSplits, chain: Chain) -> None:
         message = (f"must be small enough for the server, which holds its parameters {_SERVER_COPIES} times, in less than this "
                    f"machine's {format_bytes(physical)}, but takes {format_bytes(model)}.")
         raise ConfigError([Fault("model", message)])
-    held_out = data.test if config.metrics.split == "test" or data.validation is None else data.validation
-    batch = min(config.metrics.batch_size, held_out.num_samples) * 4 * math.prod(held_out.shape)
+    num_samples = max(dataset.num_samples for dataset in _evaluated_on(config, data))
+    batch = min(config.metrics.batch_size, num_samples) * 4 * math.prod(data.test.shape)
     if batch >= physical:
         message = (f"must be small enough for a mini-batch to take less than this machine's {format_bytes(physical)}, but is "
                    f"{config.metrics.batch_size}, which takes {format_bytes(batch)}.")
         raise ConfigError([Fault("metrics.batch_size", message)])
+
+
+def _evaluated_on(config: Config, data: DataSplits) -> list[Dataset]:
+    """The data of ``metrics.split``, and with ``metrics.test_at_end`` the test set."""
+    held_out = data.test if config.metrics.split == "test" else data.validation
+    assert held_out is not None, "checked with the config"
+    return [held_out, data.test] if config.metrics.test_at_end else [held_out]
 
 
 def assemble(prepared: Prepared, link: Link, stop: StopFlag, *, clients_folder: Path | None = None) -> Run:
@@ -170,14 +183,13 @@ def assemble(prepared: Prepared, link: Link, stop: StopFlag, *, clients_folder: 
     if link.device.type == "cuda":
         torch.use_deterministic_algorithms(True, warn_only=True)
     job = _job(prepared, link, stop, clients_folder)
-    held_out = data.test if config.metrics.split == "test" else data.validation
-    assert held_out is not None, "checked with the config"
-    evaluator = Evaluator(job.strategy, job.forms, held_out, data.train, batch_size=config.metrics.batch_size,
-                          device=link.device, seed=config.seed)
+    evaluators = [Evaluator(job.strategy, job.forms, held_out, data.train, batch_size=config.metrics.batch_size,
+                            device=link.device, seed=config.seed) for held_out in _evaluated_on(config, data)]
     # What is there now stays: a collection after each client, which gives its memory back, need not look at it.
     gc.collect()
     gc.freeze()
-    return Run(config=config, job=job, link=link, planning=prepared.planning, evaluator=evaluator)
+    return Run(config=config, job=job, link=link, planning=prepared.planning, evaluator=evaluators[0],
+               test_evaluator=evaluators[1] if config.metrics.test_at_end else None)
 
 
 def _job(prepared: Prepared, link: Link, stop: StopFlag, clients_folder: Path | None) -> Job:
@@ -193,8 +205,8 @@ def _job(prepared: Prepared, link: Link, stop: StopFlag, clients_folder: Path | 
     keeps_state = config.error_feedback or planning.strategy.keeps_state
     return Job(
         seed=config.seed, rounds=config.rounds, cohort=config.cohort, exchange=config.exchange,
-        max_failed_fraction=config.server.max_failed_fraction, strategy=planning.strategy,
-        strategy_name=config.strategy.name, shapes=planning.shapes,
+        max_failed_fraction=config.server.max_failed_fraction, deadline_s=config.server.deadline,
+        strategy=planning.strategy, strategy_name=config.strategy.name, shapes=planning.shapes,
         buffers=planning.buffers, fleet=fleet,
         partition=prepared.partition,
         sampler=SAMPLERS.get(config.sampler.name)(**config.sampler.options),

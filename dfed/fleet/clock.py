@@ -25,25 +25,30 @@ class Cost:
         return self.down_s + self.compute_s + self.up_s
 
 
-def client_cost(profile: DeviceProfile, *, flops: float, bytes_down: int, bytes_up: int) -> Cost:
+def client_cost(profile: DeviceProfile, *, flops: float, bytes_down: int, bytes_up: int, slowed: bool = False) -> Cost:
     """The cost of one client's round.
 
     ::
 
-        compute_s = flops      / profile.flops
-        down_s    = bytes_down / profile.down
-        up_s      = bytes_up   / profile.up
+        factor    = profile.slowdown if slowed else 1
+        compute_s = factor * flops      / profile.flops
+        down_s    = factor * bytes_down / profile.down
+        up_s      = factor * bytes_up   / profile.up
         energy_j  = profile.watts * compute_s + profile.radio_watts * (down_s + up_s)
 
-    Latency, retransmission, idle power and the energy of the server are left out.
+    A client that is slowed down draws the same power for longer. Latency, retransmission, idle power and the energy of the
+    server are left out.
 
     Args:
         profile: The client's device.
         flops: Floating-point operations of the local training.
         bytes_down, bytes_up: Encoded bytes from and to the server.
+        slowed: Whether the client is slowed down in this round; not so in predictions.
     """
     assert min(flops, bytes_down, bytes_up) >= 0, "work and bytes cannot be negative"
-    compute_s, down_s, up_s = flops / profile.flops, bytes_down / profile.down, bytes_up / profile.up
+    factor = profile.slowdown if slowed else 1.0
+    parts = flops / profile.flops, bytes_down / profile.down, bytes_up / profile.up
+    compute_s, down_s, up_s = (factor * part for part in parts)
     return Cost(compute_s, down_s, up_s, profile.watts * compute_s + profile.radio_watts * (down_s + up_s))
 
 

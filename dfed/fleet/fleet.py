@@ -5,13 +5,14 @@ from __future__ import annotations
 import functools
 import math
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from dfed.errors import ConfigError, Fault
+from dfed.fleet.budget import MemorySpread, TooSmall, resolve_memory, spread_budgets
 from dfed.fleet.profile import DeviceProfile
-from dfed.fleet.settings import DeviceSettings, FleetSettings, TooSmall, resolve_memory
+from dfed.fleet.settings import DeviceSettings, FleetSettings, TierSettings
 from dfed.fleet.table import Rows, read_rows
 from dfed.rng import Permutation, uniform
 
@@ -24,8 +25,10 @@ class Fleet:
     """The devices of clients ``0 … num_clients − 1``; immutable.
 
     Which client is in which tier is a pure function of the settings and the seed: the clients are permuted by
-    ``(seed, "fleet")`` and the permuted row is cut into tiers of exact sizes. Nothing is stored for a client, and all
-    clients of a tier share one profile object. A fleet from a file keeps its columns instead.
+    ``(seed, "fleet")`` and the permuted row is cut into tiers of exact sizes. Where a tier's budgets are spread, its part
+    of the row is cut further, into levels (see :func:`dfed.fleet.budget.spread_budgets`), the smallest budget first.
+    Nothing is stored for a client, and all clients of a tier with the same budget share one profile object. A fleet from
+    a file keeps its columns instead.
 
     Build one with :meth:`from_settings`.
 
@@ -55,22 +58,18 @@ class Fleet:
                 faults; names the tiers or lines.
         """
         peak = functools.cache(full_peak_bytes)
-
-        def budget(device: DeviceSettings) -> int | None:
-            return resolve_memory(device.memory, peak)
-
         if settings.csv is not None:
-            return cls(read_rows(settings.csv, settings.clients, budget), seed=seed)
+            rows = read_rows(settings.csv, settings.clients, lambda device: resolve_memory(device.memory, peak))
+            return cls(rows, seed=seed)
         assert settings.tiers is not None
-        profiles, faults = [], []
-        for i, tier in enumerate(settings.tiers):
-            try:
-                profiles.append(_profile(tier.name, tier, budget(tier)))
-            except TooSmall as error:
-                faults.append(Fault(f"fleet.tiers[{i}].memory", str(error)))
+        faults = [fault for i, tier in enumerate(settings.tiers) for fault in _too_small(f"fleet.tiers[{i}]", tier, peak)]
         if faults:
             raise ConfigError(faults)
-        return cls(_Tiers(tuple(profiles), settings.counts(), seed), seed=seed)
+        tiers = [
+            [(_profile(tier, budget), size) for budget, size in spread_budgets(tier.memory, count, peak)]
+            for tier, count in zip(settings.tiers, settings.counts(), strict=True)
+        ]
+        return cls(_Tiers(tiers, seed), seed=seed)
 
     @property
     def has_budgets(self) -> bool:
@@ -95,7 +94,8 @@ class Fleet:
 
     def profile(self, client: int) -> DeviceProfile:
         """The device of ``client``."""
-        return self._table.profile(client, int(self.tier_of(np.asarray(client))))
+        assert 0 <= client < self.num_clients, f"a client must be at least 0 and less than {self.num_clients}"
+        return self._table.profile(client)
 
     def tier_size(self, name: str) -> int:
         """Number of clients in tier ``name``, one of ``tier_names``."""
@@ -125,44 +125,59 @@ class Fleet:
         """Whether ``client``, if chosen, vanishes during ``round``; keyed by ``(seed, round, client)``."""
         return uniform(self._seed, "dropout", round, client) < self.profile(client).dropout
 
+    def straggles(self, client: int, round: int) -> bool:
+        """Whether ``client``, if it takes part, is slowed down in ``round``; keyed by ``(seed, round, client)``."""
+        return uniform(self._seed, "straggle", round, client) < self.profile(client).straggle
+
 
 class _Tiers:
-    """Tiers of exact sizes laid over a keyed permutation of the clients."""
+    """Tiers of exact sizes laid over a keyed permutation of the clients.
 
-    def __init__(self, profiles: tuple[DeviceProfile, ...], sizes: tuple[int, ...], seed: int):
-        self.tier_names = tuple(profile.tier for profile in profiles)
-        self.sizes = sizes
-        self.num_clients = sum(sizes)
-        self._profiles = profiles
-        self._ends = np.cumsum(sizes)
+    Args:
+        tiers: For each tier its different devices, in the order of the permuted row, and how many clients own each.
+    """
+
+    def __init__(self, tiers: Sequence[Sequence[tuple[DeviceProfile, int]]], seed: int):
+        self.tier_names = tuple(kinds[0][0].tier for kinds in tiers)
+        self.sizes = tuple(sum(size for _, size in kinds) for kinds in tiers)
+        self.num_clients = sum(self.sizes)
+        self._kinds = [kind for kinds in tiers for kind in kinds]
+        self._ends = np.cumsum([size for _, size in self._kinds])
+        self._tier_of_kind = np.repeat(np.arange(len(tiers), dtype=np.int64), [len(kinds) for kinds in tiers])
         self._order = Permutation(self.num_clients, seed, "fleet")
-        self.has_budgets = any(profile.budget_bytes is not None for profile in profiles)
+        self.has_budgets = any(profile.budget_bytes is not None for profile, _ in self._kinds)
 
     def tier_of(self, clients: np.ndarray) -> np.ndarray:
-        return np.searchsorted(self._ends, self._order.take(clients), side="right").astype(np.int64)
+        return self._tier_of_kind[self._kind_of(clients)]
 
     def kinds(self) -> np.ndarray:
-        return self.tier_of(np.arange(self.num_clients))
+        return self._kind_of(np.arange(self.num_clients))
 
-    def profile(self, client: int, tier: int) -> DeviceProfile:
-        return self._profiles[tier]
+    def profile(self, client: int) -> DeviceProfile:
+        return self._kinds[int(self._kind_of(np.asarray(client)))][0]
 
     def budgets(self) -> Counter[int | None]:
         counts: Counter[int | None] = Counter()
-        for profile, size in zip(self._profiles, self.sizes, strict=True):
+        for profile, size in self._kinds:
             counts[profile.budget_bytes] += size
         return counts
 
+    def _kind_of(self, clients: np.ndarray) -> np.ndarray:
+        return np.searchsorted(self._ends, self._order.take(clients), side="right").astype(np.int64)
 
-def _profile(tier: str, device: DeviceSettings, budget_bytes: int | None) -> DeviceProfile:
-    return DeviceProfile(
-        tier=tier,
-        budget_bytes=budget_bytes,
-        flops=device.flops,
-        up=device.up,
-        down=device.down,
-        watts=device.watts,
-        radio_watts=device.radio_watts,
-        availability=device.availability,
-        dropout=device.dropout,
-    )
+
+def _too_small(field: str, tier: TierSettings, peak: Callable[[], int]) -> list[Fault]:
+    """What is wrong with a tier's shares of the full model's peak, now that this is known."""
+    memory, faults = tier.memory, []
+    ends = {f"memory.{name}": end for name, end in memory} if isinstance(memory, MemorySpread) else {"memory": memory}
+    for name, end in ends.items():
+        try:
+            resolve_memory(end, peak)
+        except TooSmall as error:
+            faults.append(Fault(f"{field}.{name}", str(error)))
+    return faults
+
+
+def _profile(tier: TierSettings, budget_bytes: int | None) -> DeviceProfile:
+    own = {name: getattr(tier, name) for name in DeviceSettings.model_fields if name != "memory"}
+    return DeviceProfile(tier=tier.name, budget_bytes=budget_bytes, **own)

@@ -21,6 +21,8 @@ class DeviceProfile:
         radio_watts: Power in W while it sends or receives.
         availability: Probability in [0, 1] that it can be reached in a round.
         dropout: Probability in [0, 1] that, once chosen, it vanishes during the round.
+        straggle: Probability in [0, 1] that it is slowed down in a round.
+        slowdown: How many times as long, at least 1, everything takes it in such a round.
     """
 
     tier: str
@@ -32,3 +34,5 @@ class DeviceProfile:
     radio_watts: float
     availability: float
     dropout: float
+    straggle: float = 0.0
+    slowdown: float = 4.0

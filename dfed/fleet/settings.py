@@ -2,142 +2,21 @@
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Callable
 from fractions import Fraction
 from typing import Annotated
 
-from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo, field_validator
+from pydantic import AfterValidator, Field, ValidationInfo, field_validator
 
-from dfed.settings import ByteRate, Rate, Settings, format_bytes, parse_quantity
+from dfed.fleet.budget import Memory, TierMemory, written
+from dfed.settings import ByteRate, Rate, Settings
 
-__all__ = [
-    "DeviceSettings",
-    "FleetSettings",
-    "Memory",
-    "TierSettings",
-    "TooSmall",
-    "check_name",
-    "parse_memory",
-    "resolve_memory",
-]
+__all__ = ["DeviceSettings", "FleetSettings", "TierSettings", "check_name"]
 
-_MIB = 2**20
-_MIN_FRACTION, _MAX_FRACTION = 0.001, 10.0
 _SHARE_TOLERANCE = 1e-6
-_MAX_CHARACTERS = 80
-
-
-def parse_memory(value: object) -> int | float | None:
-    """Read a memory budget: an int is bytes, a float a fraction of the full model's peak, None no limit.
-
-    Text is a percentage (``"50%"``, a fraction), bytes with a unit (``"64MB"``, ``"1.5 GiB"``), or a bare number, which
-    means what the same number means outside quotes.
-
-    A budget is 1 MiB at least: the kernel's counters, by which a cap is kept, lag by about as much. A fraction is 0.001 at
-    least: a smaller one is a slip, since the whole would have to be 1 GiB or more; whether the bytes that it comes to are
-    1 MiB is known only with the model, see :func:`resolve_memory`.
-
-    Raises:
-        ValueError: If the value is none of these, is less than 1 MiB (as a bare integer most likely meant as a share), or
-            is a fraction outside [0.001, 10].
-    """
-    if value is None:
-        return None
-    if isinstance(value, str):
-        return _memory_from_text(value)
-    if isinstance(value, int) and not isinstance(value, bool):
-        if value < _MIB:
-            raise ValueError(
-                f"must be at least 1 MiB ({_MIB}), but is {value}: that is bytes; for a share of the full model's peak "
-                "write 0.5 or '50%'."
-            )
-        return _checked_bytes(value)
-    if isinstance(value, float):
-        if not _MIN_FRACTION <= value <= _MAX_FRACTION:
-            raise ValueError(
-                f"must, as a fraction of the full model's peak, be at least {_MIN_FRACTION:g} and at most "
-                f"{_MAX_FRACTION:g}, but is {value}; write bytes as an integer or as text such as '64MB'."
-            )
-        return value
-    raise ValueError(_not_memory(value))
-
-
-def _memory_from_text(text: str) -> int | float | None:
-    for number in (int, float):
-        try:
-            bare = number(text)
-        except ValueError:
-            continue
-        return parse_memory(bare)
-    if text.rstrip().endswith("%"):
-        try:
-            share = float(text.rstrip()[:-1]) / 100
-        except ValueError:
-            share = math.nan
-        if math.isnan(share):
-            raise ValueError(f"must be a percentage such as '50%', but is '{text}'.")
-        return parse_memory(share)
-    try:
-        value = round(parse_quantity(text, "B"))
-    except ValueError:
-        raise ValueError(_not_memory(text)) from None
-    return _checked_bytes(value)
-
-
-def _not_memory(value: object) -> str:
-    return f"must be bytes (64000000, '64MB') or a share (0.5, '50%'), or be left out for no limit, but is {_written(value)}."
-
-
-def _written(value: object) -> str:
-    """A value of a config as YAML writes it, cut to a length that fits a message."""
-    try:
-        text = repr(value) if isinstance(value, str) else json.dumps(value, skipkeys=True, default=repr)
-    except ValueError:  # whole numbers of thousands of digits
-        text = f"a {type(value).__name__}"
-    return text if len(text) <= _MAX_CHARACTERS else f"{text[:_MAX_CHARACTERS - 1]}…"
-
-
-def _checked_bytes(value: int) -> int:
-    if not _MIB <= value < 2**63:
-        raise ValueError(f"must be at least 1 MiB ({_MIB} bytes) and less than 2**63 bytes, but is {value}.")
-    return value
-
-
-class TooSmall(ValueError):
-    """A fraction of the full model's peak that comes to less than 1 MiB."""
-
-
-def resolve_memory(memory: int | float | None, full_peak_bytes: Callable[[], int]) -> int | None:
-    """A budget in bytes; None for no limit.
-
-    Args:
-        memory: What :func:`parse_memory` returned.
-        full_peak_bytes: Gives the peak that a fraction is of; called for a fraction only.
-
-    Raises:
-        TooSmall: If a fraction comes to less than 1 MiB; says which fraction would do.
-    """
-    if not isinstance(memory, float):
-        return memory
-    peak = full_peak_bytes()
-    budget = round(memory * peak)
-    if budget >= _MIB:
-        return budget
-    smallest = math.ceil(_MIB / peak * 1000) / 1000
-    enough = f"at least {smallest:g}" if smallest <= _MAX_FRACTION else "given in bytes, of at least 1 MiB"
-    raise TooSmall(
-        f"must be {enough}, as the full model takes {format_bytes(peak)} and a budget 1 MiB or more, but is {memory:g}, "
-        f"which is {format_bytes(budget)}."
-    )
-
-
-Memory = Annotated[int | float | None, BeforeValidator(parse_memory)]
-"""A memory budget; see :func:`parse_memory` for its grammar."""
-
 _Positive = Field(gt=0, allow_inf_nan=False)
 _NotNegative = Field(ge=0, allow_inf_nan=False)
+_AtLeastOne = Field(ge=1, allow_inf_nan=False)
 _Probability = Field(ge=0, le=1)
 
 
@@ -153,6 +32,9 @@ class DeviceSettings(Settings):
         radio_watts: Power in W while sending or receiving.
         availability: Probability that the client can be reached in a round.
         dropout: Probability that a chosen client vanishes during the round.
+        straggle: Probability that a client that takes part in a round is slowed down in it, which the server does not know
+            beforehand.
+        slowdown: How many times as long its computing, receiving and sending then take.
     """
 
     memory: Memory = None
@@ -163,6 +45,8 @@ class DeviceSettings(Settings):
     radio_watts: Annotated[float, _NotNegative] = 1.0
     availability: Annotated[float, _Probability] = 1.0
     dropout: Annotated[float, _Probability] = 0.0
+    straggle: Annotated[float, _Probability] = 0.0
+    slowdown: Annotated[float, _AtLeastOne] = 4.0
 
 
 def check_name(name: str) -> str:
@@ -172,13 +56,15 @@ def check_name(name: str) -> str:
         ValueError: If it is empty or holds characters that cannot be printed.
     """
     if not name or not name.isprintable():
-        raise ValueError(f"must be text of at least 1 character, all of which can be printed, but is {_written(name)}.")
+        raise ValueError(f"must be text of at least 1 character, all of which can be printed, but is {written(name)}.")
     return name
 
 
 class TierSettings(DeviceSettings):
-    """A class of equal devices and its size: exactly one of ``share`` (of all clients, in (0, 1]) and ``count``."""
+    """A class of devices that are equal, but that ``memory`` may be a spread, and its size: exactly one of ``share`` (of all
+    clients, in (0, 1]) and ``count``."""
 
+    memory: TierMemory = None  # type: ignore[assignment]
     name: Annotated[str, AfterValidator(check_name)]
     share: float | None = Field(default=None, gt=0, le=1)
     count: int | None = Field(default=None, ge=1)

@@ -10,12 +10,13 @@ import numpy as np
 from pydantic import ValidationError
 
 from dfed.errors import ConfigError, Fault
+from dfed.fleet.budget import TooSmall
 from dfed.fleet.profile import DeviceProfile
-from dfed.fleet.settings import DeviceSettings, TooSmall, check_name
+from dfed.fleet.settings import DeviceSettings, check_name
 
 __all__ = ["Rows", "read_rows"]
 
-_NUMBERS = ("flops", "up", "down", "watts", "radio_watts", "availability", "dropout")
+_NUMBERS = ("flops", "up", "down", "watts", "radio_watts", "availability", "dropout", "straggle", "slowdown")
 _COLUMNS = ("client", "tier", "memory", *_NUMBERS)
 _FIELD = "fleet.csv"
 _NO_LIMIT = -1
@@ -29,7 +30,7 @@ class Rows:
         tier_names: Names of the tiers.
         tiers: Index into ``tier_names``, int64 of shape (clients,).
         budgets: Bytes, int64 of shape (clients,); −1 for no limit.
-        numbers: float64 of shape (clients, 7): flops, up, down, watts, radio_watts, availability, dropout.
+        numbers: float64 of shape (clients, 9): flops, up, down, watts, radio_watts, availability, dropout, straggle, slowdown.
     """
 
     def __init__(self, tier_names: tuple[str, ...], tiers: np.ndarray, budgets: np.ndarray, numbers: np.ndarray):
@@ -48,12 +49,12 @@ class Rows:
         rows = np.column_stack([self._tiers, self._budgets, self._numbers])  # whole numbers are exact up to 2^53
         return np.unique(rows, axis=0, return_inverse=True)[1].reshape(-1)
 
-    def profile(self, client: int, tier: int) -> DeviceProfile:
-        """The device of ``client``, whose tier is ``tier``."""
+    def profile(self, client: int) -> DeviceProfile:
+        """The device of ``client``."""
         budget = int(self._budgets[client])
         numbers = dict(zip(_NUMBERS, self._numbers[client].tolist(), strict=True))
         return DeviceProfile(
-            tier=self.tier_names[tier], budget_bytes=None if budget == _NO_LIMIT else budget, **numbers
+            tier=self.tier_names[self._tiers[client]], budget_bytes=None if budget == _NO_LIMIT else budget, **numbers
         )
 
     def budgets(self) -> Counter[int | None]:

@@ -21,12 +21,15 @@ class ClientPlanner:
         profile: The client's device.
         num_samples: The client's training samples.
         infeasible: ``ServerState.infeasible``: what ran out of memory before.
+        deadline_s: How many simulated seconds the server waits for an answer at most; None: for as long as it takes. A plan
+            that is predicted to take longer does not fit. That a client may be slowed down is not part of the prediction.
     """
 
     costs: Costs
     profile: DeviceProfile
     num_samples: int
     infeasible: Mapping[str, int]
+    deadline_s: float | None = None
 
     def cost(self, plan: Plan) -> Cost:
         """Simulated seconds and joules of a round with this plan."""
@@ -39,12 +42,14 @@ class ClientPlanner:
         return budget is not None and budget <= self.infeasible.get(plan.cost_key(), -1)
 
     def fits(self, plan: Plan, *, time_s: float | None = None, upload_bytes: float | None = None) -> bool:
-        """Whether the client can carry the plan out: in its memory, and in so many simulated seconds and bytes up, if given."""
+        """Whether the client can carry the plan out: in its memory, by the deadline, and in so many simulated seconds and bytes
+        up, if given."""
         if self.failed_before(plan) or not self.costs.fits(plan, self.profile.budget_bytes):
             return False
         if upload_bytes is not None and self.costs.message_bytes(plan)[1] > upload_bytes:
             return False
-        return time_s is None or self.cost(plan).total_s <= time_s
+        limits = [limit for limit in (time_s, self.deadline_s) if limit is not None]
+        return not limits or self.cost(plan).total_s <= min(limits)
 
     def best(self, plans: Iterable[Plan], *, time_s: float | None = None, upload_bytes: float | None = None) -> Plan | None:
         """The first of ``plans`` that fits; None if none does.
@@ -58,14 +63,19 @@ class ClientPlanner:
     def largest_batch(self, plan: Plan, at_most: int, *, time_s: float | None = None) -> Plan | None:
         """The plan with the largest batch size, up to ``at_most``, that fits; None if none does.
 
-        Batches of a size that ran out of memory before, or larger, are left out, and the next try is half that size.
+        Batches of a size that ran out of memory before, or larger, are left out, and the next try is half that size. Where the
+        largest takes too long, smaller ones are tried: with a fixed number of steps they take less.
         """
         size = self.costs.largest_batch(plan, self.profile.budget_bytes, at_most)
         if self.infeasible:
             failed = (small for small in range(1, size + 1) if self.failed_before(with_batch(plan, small)))
             size = min(size, next(failed, 2 * size + 1) // 2)
-        sized = with_batch(plan, size) if size else None
-        return sized if sized is not None and self.fits(sized, time_s=time_s) else None
+        low, high = 0, size + 1  # low is in time, high is not, or was not looked for
+        middle = size
+        while high - low > 1:
+            low, high = (middle, high) if self.fits(with_batch(plan, middle), time_s=time_s) else (low, middle)
+            middle = (low + high) // 2
+        return with_batch(plan, low) if low else None
 
 
 def learn(infeasible: Mapping[str, int], plan: Plan, budget_bytes: int) -> dict[str, int]:

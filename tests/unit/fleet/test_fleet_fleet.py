@@ -7,6 +7,7 @@ import pytest
 
 from dfed.errors import ConfigError
 from dfed.fleet import DeviceProfile, Fleet, FleetSettings, TierSettings
+from dfed.rng import uniform
 
 
 def never() -> int:
@@ -119,10 +120,30 @@ def test_availability_and_dropout_are_keyed_and_have_their_probability():
         assert [method(1, r) for r in reversed(range(50))] == hits[1, :50][::-1].tolist()
     together = np.mean([fleet.available(0, r) and fleet.drops_out(0, r) for r in range(draws)])
     assert abs(together - 0.14) < 4.5 * (0.14 * 0.86 / draws) ** 0.5  # independent of one another
+    assert not any(fleet.straggles(0, r) for r in range(100))
     certain = make(2, a={"count": 1}, b={"count": 1, "availability": 0.0, "dropout": 1.0})
     a, b = int(certain.tier_clients("a", 1)[0]), int(certain.tier_clients("b", 1)[0])
     assert all(certain.available(a, r) and not certain.drops_out(a, r) for r in range(100))
     assert all(certain.drops_out(b, r) and not certain.available(b, r) for r in range(100))
+
+
+def test_straggling_is_keyed_and_independent_of_the_other_draws():
+    odds = {"count": 3, "availability": 0.7, "dropout": 0.2}
+    fleet, draws = make(3, a={**odds, "straggle": 0.3, "slowdown": 9}), 6000
+    hits = np.array([[fleet.straggles(client, r) for r in range(draws // 3)] for client in range(3)])
+    # 4.5 standard deviations of a binomial, as above.
+    assert abs(hits.mean() - 0.3) < 4.5 * (0.3 * 0.7 / draws) ** 0.5
+    assert hits.tolist() == [[uniform(3, "straggle", r, c) < 0.3 for r in range(draws // 3)] for c in range(3)]
+    for other, probability in ((fleet.available, 0.7), (fleet.drops_out, 0.2)):
+        both = np.mean([[hits[c, r] and other(c, r) for r in range(draws // 3)] for c in range(3)])
+        joint = 0.3 * probability
+        assert abs(both - joint) < 4.5 * (joint * (1 - joint) / draws) ** 0.5
+    usual = make(3, a=odds)  # nothing else is drawn otherwise
+    for method in ("available", "drops_out"):
+        assert all(getattr(usual, method)(c, r) == getattr(fleet, method)(c, r) for c in range(3) for r in range(200))
+    assert [fleet.profile(0).slowdown, usual.profile(0).straggle, usual.profile(0).slowdown] == [9.0, 0.0, 4.0]
+    always = make(1, a={"count": 1, "straggle": 1})
+    assert all(always.straggles(0, r) for r in range(100))
 
 
 def read(tmp_path, text, clients=None, peak=never):
@@ -152,6 +173,11 @@ def test_a_fleet_from_a_file(tmp_path):
     assert fleet.tier_clients("phone", None).tolist() == [0, 2]
     assert fleet.tier_clients("phone", 1).tolist() == [0]
     mixed = read(tmp_path, "tier,flops,memory\na,1e9,64MB\na,1e9,\na,1e9,64MB\nb,1e9,64MB\na,1e9,64000001\n")
+    slow = read(tmp_path, "flops,straggle,slowdown\n1e9,0.5,2\n1e9,,\n1e9,0.5,2\n1e9,0.5,3\n")
+    assert [(slow.profile(i).straggle, slow.profile(i).slowdown) for i in range(4)] == [(0.5, 2), (0, 4), (0.5, 2), (0.5, 3)]
+    kinds = slow.kinds().tolist()
+    assert kinds[0] == kinds[2]
+    assert len(set(kinds)) == 3
     kinds = mixed.kinds().tolist()
     assert kinds[0] == kinds[2]
     assert len(set(kinds)) == 4  # equal numbers for equal devices, and for no others
@@ -180,6 +206,14 @@ def test_a_faulty_file_names_its_lines(tmp_path):
         "`fleet.csv` line 3: must describe a client, but is blank; only the end of the file may be.",
         "`fleet.csv` line 5: must describe a client, but is blank; only the end of the file may be.",
         r"`fleet.csv` line 6: `tier` must be text of at least 1 character, all of which can be printed, but is 'd\x00e'.",
+    ]
+    with pytest.raises(ConfigError) as caught:  # a spread is for tiers
+        read(tmp_path, 'memory,straggle,slowdown\n"{from: 0.1, to: 1.0}",,\n,2,\n,,0.5\n')
+    assert [str(fault) for fault in caught.value.faults] == [
+        "`fleet.csv` line 2: `memory` must be bytes (64000000, '64MB') or a share (0.5, '50%'), or be left out for no limit, "
+        "but is '{from: 0.1, to: 1.0}'.",
+        "`fleet.csv` line 3: `straggle` must be less than or equal to 1, but is 2.",
+        "`fleet.csv` line 4: `slowdown` must be greater than or equal to 1, but is 0.5.",
     ]
     with pytest.raises(ConfigError, match=r"columns out of client, tier, memory.* has 'colour'"):
         read(tmp_path, "colour\nred\n")

@@ -62,7 +62,7 @@ def test_memory_grammar(given, read):
         ("None", "or be left out for no limit, but is 'None'."),
         ([1], "but is [1]"),
         ([None, True], "but is [null, true]"),
-        ({"a": 10**5000}, "but is a dict."),
+        ("x" * 90, f"but is '{'x' * 78}…."),
         (list(range(100)), ", 9, 10, 11,"),
     ],
 )
@@ -74,7 +74,7 @@ def test_tier_reads_units_and_names_bad_fields():
     tier = TierSettings(name="a", count=3, flops="20 GFLOPS", up="10 Mbps", down="1.25 MB/s", watts=2)
     assert (tier.flops, tier.up, tier.down, tier.watts) == (20e9, 1.25e6, 1.25e6, 2.0)
     bad = {"flops": 0, "up": "5 GFLOPS", "down": float("inf"), "watts": -1, "radio_watts": "x", "availability": 1.1,
-           "dropout": -0.1, "name": "", "colour": 1}
+           "dropout": -0.1, "straggle": 1.5, "slowdown": 0.5, "name": "", "colour": 1}
     assert errors(TierSettings, **(FULL | bad)).keys() == bad.keys()
     assert "neither is" in errors(TierSettings, name="a")["count"]
     assert "both are" in errors(TierSettings, name="a", share=0.5, count=1)["count"]
