@@ -150,8 +150,8 @@ def memory(models: list[str]) -> tuple[list[list[str]], dict[str, Any]]:
     rows, found = [], {}
     for model in models:
         full_predicted, full_measured, budget = peaks(model, {"name": "exclusivefl"}, 1, False)
-        rows.append([model, "full", "1", f"{budget / MIB:.0f}", f"{full_predicted[0] / MIB:.0f}", f"{full_measured[0] / MIB:.0f}",
-                     "", "", ""])
+        rows.append([model, "full", "1", f"{budget / MIB:.0f}", f"{full_predicted[0] / MIB:.0f}",
+                     f"{full_measured[0] / MIB:.0f}", "", "", ""])
         _say(rows[-1])
         for name, options in SPLITS.items():
             checkpointing = name.endswith("checkpointing")

@@ -112,13 +112,16 @@ def _add_compare(commands: Any) -> None:
     compare = commands.add_parser(
         "compare", help="run strategies under the same fleet, data and seeds",
         description="Run every strategy under every seed, skip what is finished, go on with what was interrupted, and report.",
-        usage="dfed compare CONFIG [key.sub=value …] [--strategies A,B] [--seeds N] [--ranks N] [--out DIR] [--report]",
+        usage="dfed compare CONFIG [key.sub=value …] [--strategies A,B] [--seeds N] [--quick] [--ranks N] [--out DIR] "
+              "[--report]",
     )
     compare.add_argument("config", nargs="?", help="a YAML file, as a rule with a group `compare`, then overrides")
     compare.add_argument("--strategies", metavar="A,B", help="only these entries, or other strategies with their defaults")
     compare.add_argument("--seeds", metavar="N", help="number of seeds, or the seeds themselves: 0,1,2")
+    compare.add_argument("--quick", action="store_true", help="the short form that `compare.quick` in the config describes")
     compare.add_argument("--ranks", metavar="N", default="1", help="processes of each run (default: 1)")
-    compare.add_argument("--out", metavar="DIR", help="where everything goes (default: runs/NAME-compare)")
+    compare.add_argument("--out", metavar="DIR", help="where everything goes (default: runs/NAME-compare; with --quick "
+                                                      "runs/NAME-compare-quick)")
     compare.add_argument("--report", action="store_true", help="run nothing: only make the tables of what is there")
 
 

@@ -14,7 +14,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from datetime import datetime
 from pathlib import Path
 from types import FrameType
 from typing import Any, TextIO
@@ -25,10 +24,10 @@ from dfed.compare_settings import LARGEST_SEED, MOST_SEEDS
 from dfed.comparison import Comparison, PlannedRun, check_folder, load_comparison, progress_of
 from dfed.errors import ConfigError, Fault
 from dfed.faults import shown
-from dfed.report import comparison_text as text
 from dfed.report import tables
-from dfed.report.comparison import Results, gather, read_run
-from dfed.report.figures import draw
+from dfed.report.comparison import gather, read_run
+from dfed.report.comparison_files import write_report
+from dfed.report.comparison_text import show
 from dfed.yaml_io import dump_yaml
 
 __all__ = ["compare"]
@@ -56,7 +55,7 @@ def compare(words: Sequence[str], options: argparse.Namespace) -> int:
     """
     file, folder, names, seeds, ranks = _checked(words, options)
     overrides = [word for word in words if "=" in word]
-    comparison = load_comparison(file, overrides, strategies=names, seeds=seeds)
+    comparison = load_comparison(file, overrides, strategies=names, seeds=seeds, quick=options.quick)
     check_folder(folder, comparison)
     command = _command(words, options)
     output = _Output()
@@ -71,7 +70,10 @@ def compare(words: Sequence[str], options: argparse.Namespace) -> int:
             if stop.number is not None:
                 output.say(f"stopped on request; go on with: {command}")
                 return 128 + stop.number
-    results = _report(comparison, folder, shlex.join([file, *overrides]), command, output)
+    results = gather(comparison, folder)
+    report = write_report(results, folder, config=shlex.join([file, *overrides]), command=command)
+    output.attempt(lambda: show(results, Terminal(width=_TABLE_WIDTH, highlight=False)))
+    output.say(f"tables and figures: {report}")
     return EXIT_FAILED if failed or any(run.state == "failed" for run in results.outcomes) else 0
 
 
@@ -101,7 +103,8 @@ def _checked(words: Sequence[str], options: argparse.Namespace) -> tuple[
         faults.append(Fault("--out", f"must name a folder, but is {options.out!r}."))
     if faults:
         raise ConfigError(faults)
-    folder = Path(options.out) if options.out else Path("runs") / f"{Path(files[0]).stem}-compare"
+    default = Path("runs") / f"{Path(files[0]).stem}-compare{'-quick' if options.quick else ''}"
+    folder = Path(options.out) if options.out else default
     return files[0], folder, names, seeds, int(options.ranks)
 
 
@@ -120,7 +123,8 @@ def _command(words: Sequence[str], options: argparse.Namespace) -> str:
     """The command line that goes on with this comparison."""
     given = [("--strategies", options.strategies), ("--seeds", options.seeds),
              ("--ranks", None if options.ranks == "1" else options.ranks), ("--out", options.out)]
-    return shlex.join(["python", "-m", "dfed", "compare", *words,
+    quick = ["--quick"] if options.quick else []
+    return shlex.join(["python", "-m", "dfed", "compare", *words, *quick,
                        *(word for name, value in given if value is not None for word in (name, value))])
 
 
@@ -205,7 +209,9 @@ def _write_configs(folder: Path, comparison: Comparison) -> None:
 def _run_all(comparison: Comparison, folder: Path, ranks: int, lock: TextIO, stop: _Stop, output: _Output) -> bool:
     """Carry out what is not finished, one run after another; returns whether one failed."""
     any_failed, total = False, len(comparison.runs)
-    output.say(f"dfed compare: {', '.join(comparison.labels)}; seeds {', '.join(map(str, comparison.seeds))}; runs {total}")
+    form = " --quick" if comparison.quick is not None else ""
+    seeds = ", ".join(map(str, comparison.seeds))
+    output.say(f"dfed compare{form}: {', '.join(comparison.labels)}; seeds {seeds}; runs {total}")
     output.say(f"folder: {folder}")
     for number, run in enumerate(comparison.runs, start=1):
         if stop.number is not None:
@@ -272,20 +278,3 @@ def _ending(path: Path, run: PlannedRun, before: str = "") -> str:
         return f"failed: {outcome.reason}"
     accuracy = outcome.values["accuracy"]
     return before + ("no accuracy" if accuracy is None else f"accuracy {accuracy:.4f}")
-
-
-def _report(comparison: Comparison, folder: Path, config: str, command: str, output: _Output) -> Results:
-    """Write the tables and figures of what is there, and show the tables; returns what they say."""
-    results = gather(comparison, folder)
-    origin = text.Origin(config=config, command=command, date=datetime.now().astimezone().isoformat(timespec="seconds"),
-                         figure=draw(results, folder))
-    for name, content in {
-        "comparison.md": text.as_markdown(results, origin), "comparison.json": text.as_json(results, origin),
-        "comparison.csv": text.runs_csv(results), "comparison_mean.csv": text.summary_csv(results),
-    }.items():
-        partial = folder / f".{name}.partial"
-        partial.write_text(content, encoding="utf-8")
-        partial.replace(folder / name)
-    output.attempt(lambda: text.show(results, Terminal(width=_TABLE_WIDTH, highlight=False)))
-    output.say(f"tables and figures: {folder / 'comparison.md'}")
-    return results

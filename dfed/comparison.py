@@ -4,12 +4,22 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from dfed.compare_settings import LARGEST_SEED, MOST_SEEDS, CompareSettings, EntrySettings, check_compare, check_labels
+from dfed.compare_settings import (
+    LARGEST_SEED,
+    MOST_SEEDS,
+    CompareSettings,
+    EntrySettings,
+    QuickSettings,
+    check_compare,
+    check_labels,
+    overlap,
+)
 from dfed.config import Config, load_config
 from dfed.errors import ConfigError, Fault
 from dfed.faults import shown
@@ -45,25 +55,29 @@ class Comparison:
     Attributes:
         labels: Of the entries, in the order of the tables.
         runs: Seed by seed, so that what is there of an interrupted comparison can be compared.
-        target_accuracy: None: a share of what the reference reaches.
+        target_accuracy: None: ``target_share`` of what the reference reaches.
         reference: Label of the entry that the others are compared to.
+        quick: If this is the short form: what was asked for, without what the command line has otherwise.
     """
 
     labels: tuple[str, ...]
     seeds: tuple[int, ...]
     runs: tuple[PlannedRun, ...]
     target_accuracy: float | None
+    target_share: float
     reference: str
+    quick: QuickSettings | None = None
 
 
 def load_comparison(path: str | Path, overrides: Sequence[str] = (), *, strategies: Sequence[str] | None = None,
-                    seeds: int | tuple[int, ...] | None = None) -> Comparison:
+                    seeds: int | tuple[int, ...] | None = None, quick: bool = False) -> Comparison:
     """The comparison that a config file describes; every run's config is loaded.
 
     Args:
         overrides: ``key.sub=value``, of the config that all share or of its group ``compare``.
         strategies: Only the entries of these labels or strategies; names that are neither are strategies with their defaults.
         seeds: Instead of the config's, at most 1,000.
+        quick: Whether to take the short form, ``compare.quick``; settings of ``overrides`` are kept.
 
     Raises:
         ConfigError: With all faults there are, of the shared config, of the group, and of every entry.
@@ -76,13 +90,20 @@ def load_comparison(path: str | Path, overrides: Sequence[str] = (), *, strategi
     faults += shared
     if compare is None:
         raise ConfigError(faults)
+    form = _short_form(compare, overrides, faults) if quick else None
+    if form is not None:
+        changed = _changed(raw, form.settings, found := list[Fault]())
+        found += [fault for fault in _faults_of(changed) if fault not in shared]
+        shared += found
+        faults += [_of_settings("compare.quick", fault) for fault in found]
     entries = _chosen(compare, strategies)
     if not entries:
         faults.append(Fault("compare.strategies", "must be given, here or by --strategies, but is not."))
     if strategies is not None:
         check_labels(entries, faults)
-    configs = {entry.label: _config(raw, entry, field, shared, faults) for field, entry in entries}
-    wanted, field = (compare.seeds, "compare.seeds") if seeds is None else (seeds, "--seeds")
+    configs = {entry.label: _config(raw, entry, field, form, shared, faults) for field, entry in entries}
+    wanted, field = (compare.seeds, "compare.seeds") if form is None else (form.seeds, "compare.quick.seeds")
+    wanted, field = (wanted, field) if seeds is None else (seeds, "--seeds")
     numbers = _seeds(raw.get("seed", 0), wanted, field, faults)
     if faults:
         raise ConfigError(faults)
@@ -91,8 +112,27 @@ def load_comparison(path: str | Path, overrides: Sequence[str] = (), *, strategi
             for seed in numbers for label, config in configs.items() if config is not None]
     return Comparison(
         labels=labels, seeds=numbers, runs=tuple(runs), target_accuracy=compare.target_accuracy,
+        target_share=compare.target_share, quick=form,
         reference=compare.reference if compare.reference in labels else labels[0],
     )
+
+
+def _short_form(compare: CompareSettings, overrides: Sequence[str], faults: list[Fault]) -> QuickSettings | None:
+    """The short form, without what the command line sets; None with a fault noted if the config has none."""
+    if compare.quick is None:
+        faults.append(Fault("compare.quick", "must be given for --quick, but is not."))
+        return None
+    given = [override.partition("=")[0] for override in overrides]
+    kept = {key: value for key, value in compare.quick.settings.items() if not any(overlap(key, each) for each in given)}
+    return replace(compare.quick, settings=kept)
+
+
+def _changed(raw: Mapping[str, Any], settings: Mapping[str, Any], faults: list[Fault]) -> dict[str, Any]:
+    """A config with settings by dotted key; itself it stays as it is."""
+    own = copy.deepcopy(dict(raw))
+    for key, value in settings.items():
+        set_value(own, key, copy.deepcopy(value), faults)
+    return own
 
 
 def _seeds(first: Any, wanted: int | tuple[int, ...], field: str, faults: list[Fault]) -> tuple[int, ...]:
@@ -129,25 +169,34 @@ def _chosen(compare: CompareSettings, names: Sequence[str] | None) -> list[tuple
     return found
 
 
-def _config(raw: Mapping[str, Any], entry: EntrySettings, field: str, shared: Sequence[Fault],
+def _config(raw: Mapping[str, Any], entry: EntrySettings, field: str, quick: QuickSettings | None, shared: Sequence[Fault],
             faults: list[Fault]) -> Config | None:
     """The whole config of an entry; None with those of its faults noted that the shared config does not have itself."""
-    own: dict[str, Any] = {**copy.deepcopy(dict(raw)), "strategy": dict(entry.strategy)}
+    options = quick.entries.get(entry.label, {}) if quick is not None else {}
     found: list[Fault] = []
-    for key, value in entry.settings.items():
-        set_value(own, key, copy.deepcopy(value), found)
+    own = _changed({**raw, "strategy": {**entry.strategy, **options}}, entry.settings, found)
+    if quick is not None:  # not before: an entry's own number of rounds would make the short form a long one
+        own = _changed(own, quick.settings, found)
     try:
         config = load_config(None, base=own)
     except ConfigError as error:
-        found += [fault for fault in error.faults if fault not in shared]
-    faults += [_of_entry(fault, field) for fault in found]
+        found += error.faults
+    found = [fault for fault in found if fault not in shared]
+    faults += [_of_entry(fault, field, f"compare.quick.entries.{entry.label}", options) for fault in found]
     return None if found or shared else config
 
 
-def _of_entry(fault: Fault, field: str) -> Fault:
+def _of_entry(fault: Fault, field: str, quick: str, options: Mapping[str, Any]) -> Fault:
+    """A fault of an entry's config, said of where it comes from: the entry, or its ``options`` in the short form."""
     name, _, rest = fault.field.partition(".")
     if name == "strategy":
+        if re.split(r"[.\[]", rest)[0] in options:
+            return Fault(f"{quick}.{rest}", fault.message)
         return Fault(f"{field}.{rest}" if rest and not field.startswith("--") else field, fault.message)
+    return _of_settings(field, fault)
+
+
+def _of_settings(field: str, fault: Fault) -> Fault:
     return Fault(f"{field}.settings", f"must fit the rest of the config, but with them {fault}")
 
 

@@ -18,7 +18,10 @@ from dfed.round import no_answer
 from dfed.run import Run
 from dfed.state import ServerState, as_saved
 
-__all__ = ["evaluate", "evaluate_variants", "follow_evaluation"]
+__all__ = ["evaluate", "evaluate_test", "evaluate_variants", "follow_evaluation"]
+
+_HELD_OUT, _TEST = "held_out", "test"  # the data of `metrics.split`, and the test set at the end of a run
+
 
 def evaluate(run: Run, state: ServerState) -> tuple[ServerState, Evaluation]:
     """Evaluate the global model on all ranks (collective: the others call :func:`follow_evaluation`).
@@ -51,6 +54,11 @@ def evaluate_variants(run: Run, state: ServerState) -> dict[str, Evaluation]:
     return {name: _evaluate(run, plan, state)[1] for name, plan in run.job.strategy.variants(state).items()}
 
 
+def evaluate_test(run: Run, state: ServerState) -> Evaluation:
+    """Evaluate the global model on the test set, likewise (collective); with ``metrics.test_at_end``, after the last round."""
+    return _evaluate(run, run.job.strategy.evaluated(state), state, data=_TEST)[1]
+
+
 def follow_evaluation(run: Run, order: Message) -> None:
     """What a client rank does when the server evaluates (collective)."""
     if order.kind == "evaluate":
@@ -59,14 +67,14 @@ def follow_evaluation(run: Run, order: Message) -> None:
         _sums(run, order)
 
 
-def _evaluate(run: Run, plan: Plan, state: ServerState) -> tuple[Mapping[str, Tensor], Evaluation]:
-    """The global model with the norm statistics that the plan's sub-model was evaluated with, and the figures."""
+def _evaluate(run: Run, plan: Plan, state: ServerState, *, data: str = _HELD_OUT) -> tuple[Mapping[str, Tensor], Evaluation]:
+    """The global model with the norm statistics that the plan's sub-model was evaluated with, and the figures on ``data``."""
     statistics, refused = _statistics(run, plan, state)
     params, regions = dict(state.params), run.job.forms.of(plan).regions
     for name, value in statistics.items():
         params[name] = params[name].clone()
         regions[name].put_(params[name], value)
-    order = run.transport.broadcast(_order(run, "evaluate", plan, params, state.round_index))
+    order = run.transport.broadcast(_order(run, "evaluate", plan, params, state.round_index, data=data))
     with no_answer(run.transport):
         shards = _shard(run, order)
     assert shards is not None, "the server gathers"
@@ -76,7 +84,9 @@ def _evaluate(run: Run, plan: Plan, state: ServerState) -> tuple[Mapping[str, Te
 def _shard(run: Run, order: Message) -> list[Any] | None:
     """This rank's share of an evaluation; on the server everybody's."""
     transport, plan = run.transport, Plan.from_json(order.meta["plan"])
-    batches = run.evaluator.run(plan, wire.decode(order), transport.rank, transport.size)
+    evaluator = run.test_evaluator if order.meta["data"] == _TEST else run.evaluator
+    assert evaluator is not None, "asked for by the config, which is every rank's"
+    batches = evaluator.run(plan, wire.decode(order), transport.rank, transport.size)
     parts = transport.gather({"batches": batches})
     return None if parts is None else [part["batches"] for part in parts]
 
@@ -110,10 +120,9 @@ def _sums(run: Run, order: Message) -> tuple[PartialSums, list[str]]:
     return sums, [part["refused"] for part in parts or () if part["refused"]]
 
 
-def _order(run: Run, kind: str, plan: Plan, params: Mapping[str, Tensor], round_index: int) -> Message:
+def _order(run: Run, kind: str, plan: Plan, params: Mapping[str, Tensor], round_index: int, **meta: Any) -> Message:
     """A broadcast of the tensors that the plan's sub-model holds."""
     job = run.job
     block_of, held = job.strategy.splitting.block_of, job.forms.of(plan).regions
     entries, body_bytes = wire.layout((name, block_of(name), DEFAULT_CODEC, job.shapes[name]) for name in held)
-    meta = {"round": round_index, "plan": plan.to_json()}
-    return wire.encode(kind, meta, entries, params, job.body.of(body_bytes))
+    return wire.encode(kind, {"round": round_index, "plan": plan.to_json(), **meta}, entries, params, job.body.of(body_bytes))

@@ -18,7 +18,7 @@ from dfed.client.home import ClientHome
 from dfed.comm import Message, choose_device, join
 from dfed.config import Config
 from dfed.errors import CheckpointError, ExchangeFailed, RankLost, SumsLost, WireError
-from dfed.evaluation import evaluate, evaluate_variants, follow_evaluation
+from dfed.evaluation import evaluate, evaluate_test, evaluate_variants, follow_evaluation
 from dfed.metrics import MetricsWriter, add_totals, empty_totals
 from dfed.report.console import Console, causes
 from dfed.report.folder import RunFolder
@@ -106,6 +106,8 @@ class Leader:
             variants = {} if self._stopped else evaluate_variants(self._run, self.state)
             for evaluation in variants.values():
                 self._warn_if_stale(evaluation)
+            wants_test = self._config.metrics.test_at_end and not self._stopped
+            test = evaluate_test(self._run, self.state) if wants_test else None
             self.dismiss()
         except Exception as error:
             self._rescue(error)
@@ -114,7 +116,7 @@ class Leader:
             self._writer.close()
             self._console.close()
         summary = self._folder.write_summary(
-            self._config, self._run.job, self.state, self._evaluation, variants, self._stopped
+            self._config, self._run.job, self.state, self._evaluation, variants, test, self._stopped
         )
         self._console.finished(summary, self._folder.path)
         return EXIT_STOPPED if self._stopped else 0

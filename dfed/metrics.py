@@ -27,6 +27,7 @@ class MetricsSettings(Settings):
         every: Evaluate the global model every so many rounds, and after the last.
         batch_size: Mini-batch of the evaluation.
         split: Held-out samples to evaluate on: the ``test`` set, or the ``validation`` share of the training data.
+        test_at_end: With ``validation``: whether the last model is also evaluated on the test set, once.
         tensorboard: Whether to write TensorBoard events.
         bytes_by_block: Whether each client's line also says what every block weighed; the rounds' lines always do.
     """
@@ -34,6 +35,7 @@ class MetricsSettings(Settings):
     every: Annotated[int, Field(ge=1)] = 1
     batch_size: Annotated[int, Field(ge=1)] = 500
     split: Literal["test", "validation"] = "test"
+    test_at_end: bool = False
     tensorboard: bool = True
     bytes_by_block: bool = False
 

@@ -5,16 +5,14 @@ from __future__ import annotations
 import json
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from dfed.comparison import Comparison, PlannedRun, progress_of
+from dfed.report.comparison_plans import EntryPlans, PlanFigures, plans_of_entry, plans_of_run
 
-__all__ = ["TARGET_SHARE", "Outcome", "Point", "Results", "Spread", "gather", "read_run", "spread_of"]
-
-TARGET_SHARE = 0.95
-"""The target accuracy where none is given, as a share of the reference's mean final accuracy."""
+__all__ = ["Outcome", "Point", "Results", "Spread", "gather", "read_run", "spread_of"]
 
 State = Literal["finished", "failed", "unfinished", "not run"]
 
@@ -41,6 +39,7 @@ class Outcome:
         values: Its figures by name, those of finished runs only; None where there is none. See docs/compare.md.
         curve: Its evaluations, in order.
         tiers: Entries ``tiers`` of its summary.
+        plans: What it comes to by its plans' options, as :func:`dfed.report.comparison_plans.plans_of_run` gives it.
         summary, environment: Its files of these names; empty if it is not finished.
     """
 
@@ -51,6 +50,7 @@ class Outcome:
     values: Mapping[str, float | None] = field(default_factory=dict)
     curve: tuple[Point, ...] = ()
     tiers: Sequence[Mapping[str, Any]] = ()
+    plans: Mapping[str, PlanFigures] = field(default_factory=dict)
     summary: Mapping[str, Any] = field(default_factory=dict)
     environment: Mapping[str, Any] = field(default_factory=dict)
 
@@ -94,6 +94,10 @@ class Results:
         """Of one figure, over an entry's finished runs."""
         return spread_of([run.values.get(name) for run in self.of(label)])
 
+    def plans(self, label: str) -> EntryPlans:
+        """Who took part with which plan, means over an entry's finished runs."""
+        return plans_of_entry([run.plans for run in self.of(label)])
+
     @property
     def finished(self) -> list[Outcome]:
         """All finished runs."""
@@ -111,7 +115,7 @@ def gather(comparison: Comparison, folder: Path) -> Results:
     reached = spread_of([run.values.get("accuracy") for run in read if run.label == comparison.reference])
     given, target = comparison.target_accuracy is not None, comparison.target_accuracy
     if target is None and reached.mean is not None:
-        target = TARGET_SHARE * reached.mean
+        target = comparison.target_share * reached.mean
     reference = {run.seed: run.values.get("accuracy") for run in read if run.label == comparison.reference}
     outcomes = tuple(_completed(run, target, reference.get(run.seed)) for run in read)
     return Results(comparison=comparison, outcomes=outcomes, target=target, target_is_given=given)
@@ -132,7 +136,9 @@ def read_run(folder: Path, run: PlannedRun) -> Outcome:
         summary, environment = (json.loads((folder / name).read_text(encoding="utf-8"))
                                 for name in ("summary.json", "environment.json"))
         lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-        values = _values(summary, [line for line in lines if line["kind"] == "client"])
+        clients = [line for line in lines if line["kind"] == "client"]
+        values = _values(summary, clients)
+        plans = plans_of_run(clients, _num_clients(summary), summary.get("full_needed_bytes"))
         rounds = [line for line in lines if line["kind"] == "round"]
         _check_rounds([line["round"] for line in rounds], run.config.rounds)
         curve = _curve(rounds)
@@ -143,7 +149,7 @@ def read_run(folder: Path, run: PlannedRun) -> Outcome:
         reason = f"its folder cannot be used: {what}; move {folder} away, and the next call runs it anew"
         return Outcome(label=label, seed=seed, state="failed", reason=reason)
     return Outcome(label=label, seed=seed, state="finished", values=values, curve=curve, tiers=summary["tiers"],
-                   summary=summary, environment=environment)
+                   plans=plans, summary=summary, environment=environment)
 
 
 class _RoundsMissing(ValueError):
@@ -164,11 +170,12 @@ def _values(summary: Mapping[str, Any], clients: Sequence[Mapping[str, Any]]) ->
     measured = [line for line in clients if line["status"] == "completed" and line["peak_bytes"] is not None]
     peaks = {tier["name"]: [line["peak_bytes"] for line in measured if line["tier"] == tier["name"]]
              for tier in summary["tiers"]}
-    needed = summary.get("full_needed_bytes")
+    needed, test = summary.get("full_needed_bytes"), summary.get("test")
     return {
         "accuracy": summary["accuracy"],
+        **({} if test is None else {"test_accuracy": test["accuracy"]}),
         **{f"accuracy_{tier['name']}": tier["accuracy"] for tier in summary["tiers"]},
-        "participation_clients": len(samples) / sum(tier["clients"] for tier in summary["tiers"]),
+        "participation_clients": len(samples) / _num_clients(summary),
         "participation_data": _ratio(sum(samples.values()), summary.get("num_samples")),
         "peak_share": _ratio(max((max(found) for found in peaks.values() if found), default=None), needed),
         "peak_share_median": _ratio(max((statistics.median(found) for found in peaks.values() if found), default=None), needed),
@@ -179,6 +186,10 @@ def _values(summary: Mapping[str, Any], clients: Sequence[Mapping[str, Any]]) ->
         "energy_j": summary["energy_j"],
         "time_s": summary["time_s"],
     }
+
+
+def _num_clients(summary: Mapping[str, Any]) -> int:
+    return sum(tier["clients"] for tier in summary["tiers"])
 
 
 def _ratio(part: float | None, whole: float | None) -> float | None:
@@ -212,5 +223,4 @@ def _completed(run: Outcome, target: float | None, reference: float | None) -> O
         "target_time_s": first.sim_time_s if first else None,
         "target_energy_j": first.energy_j if first else None,
     }
-    return Outcome(label=run.label, seed=run.seed, state=run.state, values=values, curve=run.curve, tiers=run.tiers,
-                   summary=run.summary, environment=run.environment)
+    return replace(run, values=values)

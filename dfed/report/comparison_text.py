@@ -1,24 +1,22 @@
-"""A comparison as text: tables for the terminal, Markdown, CSV and JSON."""
+"""A comparison as text: tables for the terminal, and Markdown."""
 
 from __future__ import annotations
 
-import csv
-import io
-import json
 import math
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from rich.console import Console as Terminal
 
 import dfed
-from dfed.metrics import finite
+from dfed.faults import shown
 from dfed.report import tables
-from dfed.report.comparison import TARGET_SHARE, Outcome, Results, Spread
+from dfed.report.comparison import Outcome, Results, Spread
+from dfed.report.comparison_plans import MOST_PLANS
 
-__all__ = ["Origin", "as_json", "as_markdown", "runs_csv", "show", "summary_csv"]
+__all__ = ["Origin", "as_markdown", "show"]
 
 _TERMINAL_WIDTH = 100
 _MIB = 2**20
@@ -57,7 +55,9 @@ def show(results: Results, terminal: Terminal) -> None:
             table = [first]
         table.append(column)
     _print(table, terminal)
-    for note in [*_notes(results), *_unfinished(results)]:
+    if plans := _plan_columns(results):
+        _print(plans, terminal)
+    for note in [*_plan_notes(results), *_notes(results), *_unfinished(results)]:
         tables.say(terminal, textwrap.fill(note, _TERMINAL_WIDTH, subsequent_indent="  ", break_long_words=False))
 
 
@@ -75,14 +75,15 @@ def _print(columns: Sequence[_Column], terminal: Terminal) -> None:
 
 def as_markdown(results: Results, origin: Origin) -> str:
     """The whole report."""
-    columns = _columns(results)
-    rows = [[column.cells[number] for column in columns] for number in range(len(columns[0].cells))]
+    form = " --quick" if results.comparison.quick is not None else ""
     parts = [
-        f"# Comparison: {origin.config}", _origin(results, origin), "## Fleet", _fleet(results), "## Results",
+        f"# Comparison: {origin.config}{form}", _origin(results, origin), "## Fleet", _fleet(results), "## Results",
         "Mean ± sample standard deviation over the seeds.",
-        _md_table([column.heading.replace("\n", " ") for column in columns], rows),
-        _md_list(_notes(results)),
+        _md_columns(_columns(results)), _md_list(_notes(results)),
     ]
+    if notes := _plan_notes(results):
+        table = ["Means over the seeds.", _md_columns(plans)] if (plans := _plan_columns(results)) else []
+        parts += ["## Participation by plan", *table, _md_list(notes)]
     if _unfinished(results):
         parts += ["## Runs that are not finished", _md_list(_unfinished(results))]
     if origin.figure:
@@ -102,6 +103,17 @@ def _origin(results: Results, origin: Origin) -> str:
         ("memory.enforce", config.memory.enforce), ("seeds", ", ".join(map(str, results.comparison.seeds))),
     ]
     return _md_list([f"{name}: {text}" for name, text in said])
+
+
+def _quick(results: Results) -> str:
+    """What was made short; empty if nothing was."""
+    quick = results.comparison.quick
+    if quick is None:
+        return ""
+    options = [f"{label}: {name} {shown(value)}" for label, group in quick.entries.items() if label in results.comparison.labels
+               for name, value in group.items()]
+    changes = [*(f"{key} {shown(value)}" for key, value in quick.settings.items()), *options]
+    return "--quick, the short form" + (f", with {', '.join(changes)}" if changes else "")
 
 
 def _all(runs: Sequence[Outcome], ask: Callable[[Outcome], str]) -> str:
@@ -142,14 +154,12 @@ def _columns(results: Results) -> list[_Column]:
                          else shown(spread) + _partly(spread, len(results.of(label))))
         return _Column(heading, cells)
 
-    def difference(spread: Spread) -> str:
-        return _both(spread, 100, 2, "+")
-
     counts = [f"{len(results.of(label))} of {len(results.comparison.seeds)}" for label in labels]
     return [
         _Column("strategy", labels), _Column("seeds", counts),
         column("accuracy\n%", "accuracy", lambda spread: _both(spread, 100, 2)),
-        column(f"against\n{results.comparison.reference}", "difference", difference),
+        *([column("test\n%", "test_accuracy", lambda spread: _both(spread, 100, 2))] if _has_test(results) else []),
+        column(f"against\n{results.comparison.reference}", "difference", lambda spread: _both(spread, 100, 2, "+")),
         *(column(f"{name}\n%", f"accuracy_{name}", lambda spread: _both(spread, 100, 2)) for name in results.tier_names),
         column("clients\n%", "participation_clients", lambda spread: _both(spread, 100, 1)),
         column("data\n%", "participation_data", lambda spread: _both(spread, 100, 1)),
@@ -161,6 +171,33 @@ def _columns(results: Results) -> list[_Column]:
         column("to target\nJ", "target_energy_j", _both),
         column("out of\nmemory", "oom", lambda spread: _both(spread, 1, 1)),
     ]
+
+
+def _has_test(results: Results) -> bool:
+    return any(run.values.get("test_accuracy") is not None for run in results.finished)
+
+
+def _plan_columns(results: Results) -> list[_Column]:
+    """Who took part with which plan; empty where there is nothing to tell."""
+    rows = [(label, row) for label in results.comparison.labels for row in results.plans(label).rows]
+    if not rows:
+        return []
+    return [
+        _Column("strategy", [label for label, _ in rows]), _Column("plan", [row.plan for _, row in rows]),
+        _Column("clients\n%", [_percent(row.clients, 1) for _, row in rows]),
+        _Column("turns", [f"{row.turns:,.1f}" for _, row in rows]),
+        _Column("median peak\n% of need", [_percent(row.peak_share, 1) for _, row in rows]),
+    ]
+
+
+def _plan_notes(results: Results) -> list[str]:
+    counts = {label: results.plans(label).count for label in results.comparison.labels}
+    notes = [f"plans of {label}: {count:,} different ones, which are listed up to {MOST_PLANS} only"
+             for label, count in counts.items() if count > MOST_PLANS]
+    if any(0 < count <= MOST_PLANS for count in counts.values()):
+        notes.append("by plan: the options are those in metrics.jsonl; clients: share of the fleet that completed a round with "
+                     "it; turns: completed or not; peak: median over its completed turns")
+    return notes
 
 
 def _partly(spread: Spread, finished: int) -> str:
@@ -182,10 +219,14 @@ def _both(spread: Spread, scale: float = 1.0, digits: int | None = None, sign: s
 def _notes(results: Results) -> list[str]:
     """What belongs to the tables."""
     comparison = results.comparison
-    share = f"{100 * TARGET_SHARE:.0f} % of the mean accuracy of {comparison.reference}"
+    share = f"{100 * comparison.target_share:g} % of the mean accuracy of {comparison.reference}"
     target = ("no target accuracy: no run of the reference is finished" if results.target is None else
               f"target accuracy {100 * results.target:.2f} %, " + ("as configured" if results.target_is_given else share))
-    notes = [f"{target}; time and energy are simulated, up to the first evaluation that reaches it"]
+    notes = [quick] if (quick := _quick(results)) else []
+    notes.append(f"{target}; time and energy are simulated, up to the first evaluation that reaches it")
+    if _has_test(results):
+        notes.append("test: accuracy on the test set, of the last model, evaluated once; all other accuracies are those of "
+                     "metrics.split")
     notes.append("clients, data: share of the fleet that completed a round, and of the training samples that these own; "
                  "peak: measured peaks, median of a tier (the largest such) and largest, of what training the full model needs")
     for name in results.tier_names:
@@ -203,61 +244,9 @@ def _unfinished(results: Results) -> list[str]:
             for run in results.outcomes if run.state != "finished"]
 
 
-def _names(results: Results) -> list[str]:
-    """All figures that a run has."""
-    return list(dict.fromkeys(name for run in results.finished for name in run.values))
-
-
-def runs_csv(results: Results) -> str:
-    """One row a run, finished or not; shares and accuracies from 0 to 1, bytes, seconds, joules; empty: there is none."""
-    names = _names(results)
-    rows = [["label", "strategy", "seed", "state", "reason", *names, "params_sha256"]]
-    configs = {run.label: run.config for run in results.comparison.runs}
-    for run in results.outcomes:
-        figures = [_plain(run.values.get(name)) for name in names]
-        rows.append([run.label, configs[run.label].strategy.name, str(run.seed), run.state, run.reason or "", *figures,
-                     run.summary.get("params_sha256", "")])
-    return _csv(rows)
-
-
-def summary_csv(results: Results) -> str:
-    """One row an entry: mean, sample standard deviation and number of values of every figure."""
-    names = _names(results)
-    rows = [["label", "seeds", *(f"{name}_{what}" for name in names for what in ("mean", "std", "count"))]]
-    for label in results.comparison.labels:
-        spreads = [results.spread(label, name) for name in names]
-        figures = [text for spread in spreads for text in (_plain(spread.mean), _plain(spread.std), str(spread.count))]
-        rows.append([label, str(len(results.comparison.seeds)), *figures])
-    return _csv(rows)
-
-
-def _plain(value: float | None) -> str:
-    return "" if value is None else repr(value)
-
-
-def _csv(rows: Sequence[Sequence[str]]) -> str:
-    file = io.StringIO()
-    csv.writer(file, lineterminator="\n").writerows(rows)
-    return file.getvalue()
-
-
-def as_json(results: Results, origin: Origin) -> str:
-    """Everything: where it comes from, the figures of entries and runs, configs, summaries and environments."""
-    comparison, names = results.comparison, _names(results)
-    value = {
-        "config": origin.config, "command": origin.command, "date": origin.date, "dfed": dfed.__version__,
-        "seeds": comparison.seeds, "reference": comparison.reference, "target_accuracy": results.target,
-        "target_is_given": results.target_is_given,
-        "entries": [
-            {"label": label, "figures": {name: asdict(results.spread(label, name)) for name in names}}
-            for label in comparison.labels
-        ],
-        "runs": [
-            {**asdict(run), "config": planned.config.to_dict()}
-            for run, planned in zip(results.outcomes, comparison.runs, strict=True)
-        ],
-    }
-    return json.dumps(finite(value), indent=1) + "\n"
+def _md_columns(columns: Sequence[_Column]) -> str:
+    rows = [list(row) for row in zip(*(column.cells for column in columns), strict=True)]
+    return _md_table([column.heading.replace("\n", " ") for column in columns], rows)
 
 
 def _md_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

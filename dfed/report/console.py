@@ -107,6 +107,8 @@ class Console:
         if summary["accuracy"] is not None:
             say(f"{summary['split']} accuracy {summary['accuracy']:.4f}, loss {summary['loss']:.4f} "
                 f"after {summary['rounds']} rounds")
+        if summary["test"] is not None:
+            say(f"test accuracy {summary['test']['accuracy']:.4f}, loss {summary['test']['loss']:.4f}, of the last model")
         if not summary["clients"]["completed"]:
             say("no client completed in any round: the model is the initial one "
                 f"({causes(summary['clients'], summary['reasons'])})")

@@ -121,12 +121,13 @@ class RunFolder:
         })
 
     def write_summary(self, config: Config, job: Job, state: ServerState, evaluation: Evaluation | None,
-                      variants: Mapping[str, Evaluation], stopped: bool) -> dict[str, Any]:
+                      variants: Mapping[str, Evaluation], test: Evaluation | None, stopped: bool) -> dict[str, Any]:
         """Write and return the run's summary.
 
         Args:
             evaluation: Of the global model.
             variants: Of the strategy's sub-models, by name.
+            test: Of the global model on the test set; None: it was not asked for, or the run was stopped.
         """
         totals = state.totals
         peak_bytes, needed_bytes = _full_training(config, job)
@@ -140,6 +141,7 @@ class RunFolder:
             "split": config.metrics.split,
             "accuracy": evaluation.accuracy if evaluation else None,
             "loss": evaluation.loss if evaluation else None,
+            "test": _figures(test) if test is not None else None,
             "variants": {name: _figures(found) for name, found in variants.items()},
             "params_sha256": params_sha256(state.params),
             "num_params": sum(value.numel() for name, value in state.params.items() if name not in job.buffers),
@@ -181,7 +183,7 @@ def _full_training(config: Config, job: Job) -> tuple[int | None, int | None]:
 
 
 def _figures(found: Evaluation) -> dict[str, Any]:
-    """Of a sub-model."""
+    """Of a model other than the global one on ``metrics.split``."""
     figures: dict[str, Any] = {"accuracy": found.accuracy, "loss": found.loss}
     return figures if found.refused is None else {**figures, "statistics": "stale"}
 

@@ -104,7 +104,7 @@ class NeuLite(Progressive):
     def build(self, plan: Plan) -> nn.Module:
         model = super().build(plan)
         if self.projects and "stage" in plan.options:
-            mentor = f"mentor_{self.blocks.names[plan.options['stage']]}"
+            mentor = f"mentor_{self.blocks.names[self.number_of(plan)]}"
             model.add_module(mentor, copy.deepcopy(self.extras[mentor]))
         return model
 
@@ -112,7 +112,7 @@ class NeuLite(Progressive):
         if "stage" not in plan.options:
             return
         assert isinstance(model, Chain)
-        number = plan.options["stage"]
+        number = self.number_of(plan)
         name = self.blocks.names[number]
         model.number, model.mentor = number, f"mentor_{name}" if self.projects else None  # type: ignore[assignment]
         block = set(self.blocks.blocks[name]) | {f"output_{name}", f"mentor_{name}"}

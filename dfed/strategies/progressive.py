@@ -105,8 +105,12 @@ class Progressive(Strategy):
         first = start - max(thawed, 1 if number and self.trains_tail and tail else 0)
         train = (*names[first:stop], *own)
         phases = tuple(replace(phase, objective=self.objective, train=train) for phase in self.problem.phases)
-        options = {"stage": number, "thawed": thawed, **({} if tail else {"tail": False})}
+        options = {"stage": number + 1, "thawed": thawed, **({} if tail else {"tail": False})}
         return Plan(client=client, hold=(*names[:stop], *own), train=train, phases=phases, options=options)
+
+    def number_of(self, plan: Plan) -> int:
+        """The stage of a plan of :meth:`plan_at`, from 0; its option ``stage`` counts from 1, as people do."""
+        return int(plan.options["stage"]) - 1
 
     def own_extras(self, block: str) -> list[str]:
         """The extras that belong to the stage of ``block``."""
@@ -115,7 +119,7 @@ class Progressive(Strategy):
     def build(self, plan: Plan) -> nn.Module:
         if "stage" not in plan.options:
             return super().build(plan)
-        number = plan.options["stage"]
+        number = self.number_of(plan)
         tail = self.trains_tail and plan.options.get("tail", True)
         model = stage(self.problem.chain, self.blocks, number, tail=tail)
         if plan.options["thawed"]:
@@ -126,7 +130,7 @@ class Progressive(Strategy):
     def upload(self, name: str, value: Tensor, region: Region, plan: Plan) -> Tensor | None:
         if "stage" not in plan.options:
             return super().upload(name, value, region, plan)
-        number, unit = plan.options["stage"], name.partition(".")[0]
+        number, unit = self.number_of(plan), name.partition(".")[0]
         if unit not in plan.train:
             return None
         start = self.problem.chain.unit_names.index(self.blocks.blocks[self.blocks.names[number]][0])

@@ -18,7 +18,7 @@ ROUND_FIELDS = {"kind", "round", "train_loss", "clients", "bytes", "sim_time_s",
                 "evaluation_s"}
 CLIENT_FIELDS = {"kind", "round", "client", "tier", "rank", "status", "reason", "loss", "loss_rms", "num_steps", "num_visits",
                  "peak_bytes", "time_s", "num_samples", "plan", "budget_bytes", "predicted_bytes", "bytes_up", "bytes_down",
-                 "bytes_header", "sim_time_s", "energy_j"}
+                 "bytes_header", "slowed", "sim_time_s", "energy_j"}
 COUNTS = {"selected", "completed", "oom", "failed", "ineligible", "unavailable"}
 
 

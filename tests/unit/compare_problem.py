@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 
@@ -32,20 +33,28 @@ def write_yaml(path, compare=None, **changes):
     return path
 
 
-def load(tmp_path, *overrides, compare=None, strategies=None, seeds=None, **changes):
+def load(tmp_path, *overrides, compare=None, strategies=None, seeds=None, quick=False, **changes):
     """The comparison of ``BASE`` with changes."""
-    return load_comparison(write_yaml(tmp_path / "c.yaml", compare, **changes), overrides, strategies=strategies, seeds=seeds)
+    return load_comparison(write_yaml(tmp_path / "c.yaml", compare, **changes), overrides, strategies=strategies, seeds=seeds,
+                           quick=quick)
 
 
-def write_run(folder, config, *, accuracies=(0.5, 0.75, 0.8), completed=((0, 10), (1, 10)), oom=1, finished=True, **changes):
-    """A run folder as ``dfed run`` leaves it; a round takes 100 bytes up, 200 down, 2 s and 3 J."""
+def write_run(folder, config, *, accuracies=(0.5, 0.75, 0.8), completed=((0, 10), (1, 10)), oom=1, finished=True, plans=(),
+              **changes):
+    """A run folder as ``dfed run`` leaves it; a round takes 100 bytes up, 200 down, 2 s and 3 J.
+
+    Args:
+        plans: Options of plans, of clients' lines in order; those behind have none.
+    """
     os.makedirs(folder, exist_ok=True)
     (folder / "config.yaml").write_text(dump_yaml(config.to_dict()), encoding="utf-8")
     (folder / "environment.json").write_text(json.dumps(ENVIRONMENT), encoding="utf-8")
     lines = [{"kind": "client", "round": 0, "client": client, "tier": "strong", "status": "completed", "num_samples": num,
-              "peak_bytes": peak} for (client, num), peak in zip(completed, (600, 800, 500), strict=False)]
+              "peak_bytes": peak} for (client, num), peak in zip(completed, itertools.cycle((600, 800, 500)), strict=False)]
     lines += [{"kind": "client", "round": 0, "client": 3, "tier": "we|ak", "status": "oom", "num_samples": 10,
                "peak_bytes": 900}] * oom
+    for line, options in zip(lines, plans, strict=False):
+        line["plan"] = options
     for number, accuracy in enumerate(accuracies):
         row = {"kind": "round", "round": number, "bytes": {"up": 100, "down": 200}, "sim_time_s": 2.0, "energy_j": 3.0}
         lines.append(row if accuracy is None else {**row, "accuracy": accuracy})

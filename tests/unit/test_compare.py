@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import json
 import logging
 import signal
 import stat
@@ -10,7 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from compare_problem import load, write_run, write_yaml
+from compare_problem import BASE, load, write_run, write_yaml
 
 from dfed.cli import main
 from dfed.config import load_config
@@ -44,6 +45,7 @@ def test_a_wrong_command_line(tmp_path, capsys, monkeypatch):
         ([file, "--seeds", "1,1"], "but is '1,1'."), ([file, "--seeds", "x"], "but is 'x'."),
         ([file, "--ranks", "0"], "`--ranks` must be a whole number of at least 1, but is '0'."),
         ([file, "--strategies", "fedavg,,"], "`--strategies` must be different names with commas between them"),
+        ([file, "--quick"], "`compare.quick` must be given for --quick, but is not."),
         ([file, "--out", " "], "`--out` must name a folder, but is ' '."),
         ([file, "--report", "--out", "absent"], "`--out` must be the folder of a comparison, but absent does not exist."),
         ([file, "rounds=0"], "`rounds` must be at least 1, but is 0."),
@@ -118,6 +120,32 @@ def test_runs_are_started_skipped_and_resumed(played, tmp_path, capsys, monkeypa
     assert "`rounds` is 3, where it would be 4 now" in refused(capsys, file, "rounds=4", "--out", "o")
     assert {path: path.read_bytes() for path in Path("o").rglob("*") if path.is_file()} == before
     assert calls(tmp_path) == []
+
+
+def test_the_short_form_has_a_folder_of_its_own_and_says_what_it_is(played, tmp_path, capsys):
+    quick = {"settings": {"client.batch_size": 8}}
+    file = played("")
+    for run in load(tmp_path, compare={**BASE["compare"], "quick": quick}, quick=True).runs:
+        write_run(tmp_path / "templates" / run.name, run.config)
+    assert main(["compare", file, "--quick", "--strategies", "fedprox"]) == 0
+    out = "runs/c-compare-quick"
+    assert calls(tmp_path) == [f"-m dfed run {out}/configs/fedprox-s5.yaml --out {out}/runs/fedprox-s5"]
+    said = capsys.readouterr().out
+    assert "dfed compare --quick: fedprox; seeds 5; runs 1\n" in said
+    assert "--quick, the short form, with client.batch_size 8\n" in said
+    page = Path(f"{out}/comparison.md").read_text().splitlines()
+    assert page[0] == f"# Comparison: {file} --quick"
+    assert f"- command: `python -m dfed compare {file} --quick --strategies fedprox`" in page
+    assert "- --quick, the short form, with client.batch_size 8" in page
+    everything = json.loads(Path(f"{out}/comparison.json").read_text())
+    assert everything["quick"] == {"seeds": 1, "settings": {"client.batch_size": 8}, "entries": {}}
+    assert everything["command"].endswith(" --quick --strategies fedprox")
+    assert load_config(f"{out}/configs/fedprox-s5.yaml").client.batch_size == 8
+    assert main(["compare", file, "--quick", "--seeds", "2", "--report"]) == 0
+    assert "- seeds: 5, 6" in Path(f"{out}/comparison.md").read_text().splitlines()
+    capsys.readouterr()
+    # The whole form is another comparison: the folder of the short one is not for it.
+    assert "`client.batch_size` is 8, where it would be 32 now" in refused(capsys, file, "--out", out)
 
 
 def test_a_run_that_fails_is_shown_and_the_others_go_on(played, tmp_path, capsys):

@@ -11,6 +11,7 @@ import pytest
 from compare_problem import load, write_run
 from rich.console import Console
 
+from dfed.report import comparison_files as files
 from dfed.report import comparison_text as text
 from dfed.report.comparison import Spread, gather, read_run, spread_of
 from dfed.report.figures import curve_of, draw
@@ -73,6 +74,12 @@ def test_what_it_takes_to_the_target(results, tmp_path):
     given = load(tmp_path, compare={"strategies": ["fedavg"], "seeds": 3, "target_accuracy": 0.75})
     given_results = gather(given, tmp_path / "o")
     assert (given_results.target, given_results.target_is_given) == (0.75, True)
+    assert json.loads(files.as_json(given_results, ORIGIN))["target_share"] is None
+    above = load(tmp_path, compare={"strategies": ["fedavg"], "seeds": 3, "target_share": 1.015})
+    above_results = gather(above, tmp_path / "o")
+    assert above_results.target == pytest.approx(1.015 * 0.8, rel=1e-15)
+    assert "- target accuracy 81.20 %, 101.5 % of the mean accuracy of fedavg;" in text.as_markdown(above_results, ORIGIN)
+    assert json.loads(files.as_json(above_results, ORIGIN))["target_share"] == 1.015
     assert [run.values["target_rounds"] for run in given_results.of("fedavg")] == [2, 2, None]  # reached counts as reached
 
 
@@ -118,7 +125,7 @@ def test_an_entry_whose_runs_all_failed_says_so(tmp_path):
     assert "| fedprox | 0 of 1 | failed | failed |" in page
     assert "no target accuracy: no run of the reference is finished" in page
     assert not draw(empty, tmp_path)
-    assert [row[:5] for row in csv.reader(io.StringIO(text.runs_csv(empty)))][1:] == [
+    assert [row[:5] for row in csv.reader(io.StringIO(files.runs_csv(empty)))][1:] == [
         ["fedavg", "fedavg", "5", "not run", ""], ["fedprox", "fedprox", "5", "failed", "gone"]]
     write_run(tmp_path / "o" / "runs" / "fedavg-s5", comparison.runs[0].config)
     (tmp_path / "o" / "runs" / "fedavg-s5" / "metrics.jsonl").write_text("{")
@@ -164,16 +171,16 @@ def test_budgets_that_differ_are_pointed_out(results, tmp_path):
 
 
 def test_csv_and_json_hold_every_figure(results):
-    rows = list(csv.DictReader(io.StringIO(text.runs_csv(results))))
+    rows = list(csv.DictReader(io.StringIO(files.runs_csv(results))))
     assert [(row["label"], row["seed"], row["state"]) for row in rows] == [
         (run.label, str(run.seed), run.state) for run in results.outcomes]
     assert float(rows[0]["accuracy"]) == 0.8
     assert (rows[0]["target_time_s"], rows[6]["target_time_s"]) == ("6.0", "")
     assert (rows[7]["accuracy"], rows[7]["reason"]) == ("", "no | data")
-    means = {row["label"]: row for row in csv.DictReader(io.StringIO(text.summary_csv(results)))}
+    means = {row["label"]: row for row in csv.DictReader(io.StringIO(files.summary_csv(results)))}
     assert float(means["fedavg"]["accuracy_std"]) == results.spread("fedavg", "accuracy").std
     assert (means["fedprox"]["accuracy_count"], means["exclusivefl"]["accuracy_mean"]) == ("2", "")
-    everything = json.loads(text.as_json(results, ORIGIN))
+    everything = json.loads(files.as_json(results, ORIGIN))
     assert everything["entries"][0]["figures"]["accuracy"]["count"] == 3
     assert everything["runs"][0]["values"]["accuracy"] == 0.8
     assert everything["runs"][0]["config"]["seed"] == 5

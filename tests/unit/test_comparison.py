@@ -28,6 +28,8 @@ def faults_of(tmp_path, *overrides, **changes):
 def test_every_shipped_comparison_loads(path):
     comparison = load_comparison(path)
     assert len(comparison.runs) == len(comparison.labels) * len(comparison.seeds) > 1
+    if "quick" in read_yaml(path)["compare"]:
+        assert len(load_comparison(path, quick=True).runs) <= len(comparison.runs)
 
 
 def test_a_shipped_comparison_is_found():
@@ -67,6 +69,9 @@ def test_a_choice_is_set_as_a_whole_and_its_group_stays(tmp_path):
 def test_the_defaults(tmp_path):
     comparison = load(tmp_path)
     assert (comparison.seeds, comparison.target_accuracy, comparison.reference) == ((5, 6), None, "fedavg")
+    assert (comparison.target_share, comparison.quick) == (0.95, None)
+    assert load(tmp_path, "compare.target_share=1.5").target_share == 1.5
+    assert load(tmp_path, "compare.target_share=null", "compare.target_accuracy=0.5").target_accuracy == 0.5
     assert load(tmp_path, compare={"strategies": ["fedavg"]}).seeds == (5, 6, 7)
     assert check_compare({}, []) == CompareSettings()
     assert load(tmp_path, seeds=1, strategies=["exclusivefl", "fedprox"]).labels == ("exclusivefl", "fedprox")
@@ -74,6 +79,54 @@ def test_the_defaults(tmp_path):
     twice = [{"name": "fedprox", "label": "a"}, {"name": "fedprox", "label": "b"}]
     chosen = load(tmp_path, compare={"strategies": [*twice, "fedavg"], "reference": "fedavg"}, strategies=["fedprox"])
     assert (chosen.labels, chosen.reference) == (("a", "b"), "a")
+
+
+QUICK = {
+    "strategies": ["fedavg", {"name": "fedprox", "mu": 0.5, "label": "prox",
+                              "settings": {"rounds": 9, "client.momentum": 0.5}}],
+    "seeds": 3,
+    "quick": {"settings": {"rounds": 2, "client.batch_size": 8, "data.samples": 24, "fleet.tiers.1.count": 2},
+              "entries": {"prox": {"mu": 0.25}}},
+}
+
+
+def test_the_short_form(tmp_path):
+    whole, short = load(tmp_path, compare=QUICK), load(tmp_path, compare=QUICK, quick=True)
+    assert (whole.quick, whole.seeds, whole.runs[1].config.rounds) == (None, (5, 6, 7), 9)
+    assert whole.runs[1].config.strategy.options["mu"] == 0.5
+    assert (short.seeds, short.labels, short.reference) == ((5,), ("fedavg", "prox"), "fedavg")
+    assert (short.quick.settings, short.quick.entries) == (QUICK["quick"]["settings"], {"prox": {"mu": 0.25}})
+    plain, prox = (run.config for run in short.runs)
+    for config in (plain, prox):
+        assert (config.rounds, config.client.batch_size, config.dataset_options["samples"]) == (2, 8, 24)
+    assert (prox.strategy.options["mu"], prox.client.momentum, plain.client.momentum) == (0.25, 0.5, 0)
+    assert plain == load(tmp_path, "rounds=2", "client.batch_size=8", "data.samples=24").runs[0].config  # and nothing else
+    # What the command line says stays; entries that it adds have their defaults.
+    own = load(tmp_path, "rounds=7", "data.samples=32", compare=QUICK, quick=True, seeds=2, strategies=["prox", "exclusivefl"])
+    assert (own.seeds, own.labels) == ((5, 6), ("prox", "exclusivefl"))
+    assert own.quick.settings == {"client.batch_size": 8, "fleet.tiers.1.count": 2}
+    assert [run.config.rounds for run in own.runs[:2]] == [9, 7]  # an entry's own go before the command line's, as ever
+    assert {run.config.dataset_options["samples"] for run in own.runs} == {32}
+    bare = load(tmp_path, compare={"strategies": ["fedavg"], "quick": {}}, quick=True)
+    assert (bare.seeds, bare.quick.settings, bare.runs[0].config) == ((5,), {}, load(tmp_path).runs[0].config)
+
+
+def test_faults_of_the_short_form(tmp_path):
+    assert faults_of(tmp_path, quick=True) == ["`compare.quick` must be given for --quick, but is not."]
+    quick = {"settings": {"rounds": 0, "clint.epochs": 1, "client.batch_size.x": 1, "fleet.tiers[3].count": 1},
+             "entries": {"prox": {"mu": -1, "mew": 1}}}
+    found = faults_of(tmp_path, compare={**QUICK, "quick": quick}, quick=True)
+    assert [text.split(" ")[0] for text in found] == [*["`compare.quick.settings`"] * 4, "`compare.quick.entries.prox.mu`",
+                                                      "`compare.quick.entries.prox.mew`"]
+    assert found[0] == ("`compare.quick.settings` must fit the rest of the config, but with them `fleet.tiers[3].count` must "
+                        "name one of the 2 entries (0 to 1) of `fleet.tiers`, but names '3'.")
+    assert "but with them `rounds` must be at least 1, but is 0." in " ".join(found)
+    assert found[4] == "`compare.quick.entries.prox.mu` must be at least 0, but is -1."
+    load(tmp_path, compare={**QUICK, "quick": quick})  # without --quick it counts for nothing
+    last = 2**63 - 1
+    two = {"strategies": ["fedavg"], "seeds": 1, "quick": {"seeds": 2}}
+    assert faults_of(tmp_path, seed=last, compare=two, quick=True) == [
+        f"`compare.quick.seeds` must be at most 1, as seeds start at `seed` ({last}), but is 2."]
 
 
 def test_all_faults_together(tmp_path):
@@ -93,7 +146,8 @@ def test_all_faults_together(tmp_path):
 
 @pytest.mark.parametrize(("compare", "message"), [
     (3, "`compare` must be a group of settings, but is 3."),
-    ({"strategy": []}, "`compare.strategy` is not a setting; known here: reference, seeds, strategies, target_accuracy."),
+    ({"strategy": []}, "`compare.strategy` is not a setting; known here: quick, reference, seeds, strategies, target_accuracy, "
+                       "target_share."),
     ({"strategies": "fedavg"}, "`compare.strategies` must be a list of names and groups with a `name`, but is 'fedavg'."),
     ({"strategies": [3]}, "`compare.strategies` must be a list of names and groups with a `name`, but is [3]."),
     ({"strategies": [{"mu": 1}]}, "`compare.strategies[0].name` must name a strategy, but is null."),
@@ -118,6 +172,30 @@ def test_all_faults_together(tmp_path):
     ({"strategies": ["fedavg"], "seeds": [0, 2**63]}, "but is [0, 9223372036854775808]."),
     ({"strategies": ["fedavg"], "seeds": list(range(1001))}, "but is [0, 1, 2"),
     ({"strategies": ["fedavg"], "target_accuracy": 50}, "`compare.target_accuracy` must be a number greater than 0 and"),
+    ({"target_share": 1.6}, "`compare.target_share` must be a number greater than 0 and at most 1.5, or null, but is 1.6."),
+    ({"target_share": True}, "or null, but is true."), ({"target_share": 0}, "or null, but is 0."),
+    ({"target_share": 0.9, "target_accuracy": 0.5},
+     "`compare.target_share` must be left out, or null, where `compare.target_accuracy` is given, but is 0.9."),
+    ({"quick": 3}, "`compare.quick` must be a group of settings, but is 3."),
+    ({"quick": {"rounds": 3}}, "`compare.quick.rounds` is not a setting; known here: entries, seeds, settings."),
+    ({"quick": {"seeds": 0}}, "`compare.quick.seeds` must be a number of seeds of at least 1 and at most 1000, or a list"),
+    ({"quick": {"settings": 3}}, "`compare.quick.settings` must be a group of settings key.sub: value, but is 3."),
+    ({"quick": {"settings": {"seed": 3}}},
+     "`compare.quick.settings` must leave compare, seed, strategy alone, but sets 'seed'."),
+    ({"quick": {"settings": {"strategy.mu": 3}}}, "must leave compare, seed, strategy alone, but sets 'strategy.mu'."),
+    ({"quick": {"settings": {"data": {"dataset": "digits"}}}},
+     "`compare.quick.settings` must have the form key.sub: value, but sets the whole group 'data'."),
+    ({"quick": {"settings": {"fleet": {}}}}, "but sets the whole group 'fleet'."),
+    ({"quick": {"settings": {"fleet.tiers": [], "fleet.tiers[0].count": 3}}},
+     "must set nothing twice, but has both 'fleet.tiers' and 'fleet.tiers[0].count', which is part of it."),
+    ({"quick": {"entries": [1]}}, "`compare.quick.entries` must be a group of labels, each with options, but is [1]."),
+    ({"quick": {"entries": {"fedavg": {}}}}, "`compare.quick.entries` must name no label, as no strategies are given, but"),
+    ({"strategies": ["fedavg"], "quick": {"entries": {"fedprox": {"mu": 1}}}},
+     "`compare.quick.entries` must name one of the labels fedavg, but names 'fedprox'."),
+    ({"strategies": ["fedavg"], "quick": {"entries": {"fedavg": 3}}},
+     "`compare.quick.entries.fedavg` must be a group of the strategy's options, but is 3."),
+    ({"strategies": ["fedavg"], "quick": {"entries": {"fedavg": {"name": "fedprox"}}}},
+     "`compare.quick.entries.fedavg` must have options of the strategy only, but has 'name'."),
     ({"strategies": ["fedavg"], "reference": "x"}, "`compare.reference` must be one of the labels fedavg, but is 'x'."),
     ({"reference": "x"}, "`compare.reference` must be left out where no strategies are given, but is 'x'."),
 ])

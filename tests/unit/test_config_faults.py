@@ -167,7 +167,7 @@ ONE_FAULT = [
      "`server.optimizer` must be a name, or a group of settings with a `name`, but is {'learning_rate': 1}."),
     ("server.optimizer={name: adam, beta: 1}", "Did you mean 'beta2'?"),
     ("server.optimiser=sgd",
-     "`server.optimiser` is not a setting; known here: optimizer, max_failed_fraction. Did you mean 'optimizer'?"),
+     "`server.optimiser` is not a setting; known here: optimizer, deadline, max_failed_fraction. Did you mean 'optimizer'?"),
     ("server=3", "`server` must be a group of settings, but is 3."),
     # Data.
     ("data=", "`data` must be a group of settings with a `dataset`, but is null."),
@@ -262,6 +262,9 @@ ONE_FAULT = [
     ("backend.timeout_s=.inf", "`backend.timeout_s` must be at most 2592000, but is inf."),
     ("metrics.split=validation",
      "`metrics.split` must be 'test' unless `data.validation_fraction` is above 0, but is 'validation'."),
+    ("metrics.test_at_end=true",
+     "`metrics.test_at_end` must be false where `metrics.split` is 'test', with which all evaluations are on the test set, "
+     "but is true."),
     ("metrics=", "`metrics` must be a group of settings, but is null."),
     ("metrics.every=1.0", "`metrics.every` must be a whole number, but is 1.0."),
     ("checkpoint.evry=1", "`checkpoint.evry` is not a setting; known here: every, keep. Did you mean 'every'?"),

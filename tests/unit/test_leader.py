@@ -119,6 +119,43 @@ def test_a_stopped_run_goes_on_as_if_nothing_had_been(make, refused, request, tm
     assert all(torch.equal(value, ends[1][name]) for name, value in ends[0].items())
 
 
+@pytest.mark.parametrize("strategy", ["heterofl", "fedavg"])
+def test_the_last_model_is_tested_once_and_nothing_else_changes(make, strategy, tmp_path, monkeypatch, capsys):
+    """On the test set as it is, with the statistics of the model that was validated."""
+    base = (f"strategy={strategy}", "metrics.split=validation", "data.validation_fraction=0.2", "rounds=2")
+    plain, _ = make(*base)
+    assert plain.test_evaluator is None
+    assert leader_of(plain, tmp_path / "plain").lead() == 0
+    assert summary_of(tmp_path / "plain")["test"] is None
+    assert "of the last model" not in capsys.readouterr().out
+    run, _ = make(*base, "metrics.test_at_end=true")
+    assert run.config.fingerprint() == plain.config.fingerprint()
+    calls, tested = [], run.test_evaluator.run
+    monkeypatch.setattr(run.test_evaluator, "run", lambda *arguments: calls.append(1) or tested(*arguments))
+    lead = leader_of(run, tmp_path / "tested")
+    assert lead.lead() == 0
+    assert len(calls) == 1
+    first, second = summary_of(tmp_path / "plain"), summary_of(tmp_path / "tested")
+    test = second["test"]
+    assert f"test accuracy {test['accuracy']:.4f}, loss {test['loss']:.4f}, of the last model" in capsys.readouterr().out
+    assert {**second, "test": None, "time_s": 0, "tiers": []} == {**first, "time_s": 0, "tiers": []}
+    assert test.keys() == {"accuracy", "loss"}
+    assert test["loss"] != second["loss"]
+    # The model as it is saved, on the test set of an ordinary run: the same model gives the same figures.
+    other, _ = make(f"strategy={strategy}", "rounds=2")
+    monkeypatch.setattr(evaluation_module, "_statistics", lambda *_: ({}, None))  # they are in the model
+    _, found = evaluate(other, lead.state)
+    assert (found.accuracy, found.loss) == (test["accuracy"], test["loss"])
+
+
+def test_a_run_that_is_stopped_is_not_tested(make, tmp_path, monkeypatch):
+    run, stop = make("metrics.split=validation", "data.validation_fraction=0.2", "metrics.test_at_end=true")
+    monkeypatch.setattr(run.test_evaluator, "run", lambda *_: pytest.fail("takes time that there is not"))
+    stop.is_set = True
+    assert leader_of(run, tmp_path / "stopped").lead() == EXIT_STOPPED
+    assert summary_of(tmp_path / "stopped")["test"] is None
+
+
 def test_statistics_of_a_model_that_blew_up_are_refused(make):
     run, _ = make()
     state = run.job.strategy.init(run.planning.first_params(5))

@@ -183,7 +183,7 @@ def test_tensorboard_gets_every_number_of_a_round(tmp_path):
 
 
 def test_settings():
-    assert MetricsSettings().model_dump() == {"every": 1, "batch_size": 500, "split": "test", "tensorboard": True,
-                                              "bytes_by_block": False}
+    assert MetricsSettings().model_dump() == {"every": 1, "batch_size": 500, "split": "test", "test_at_end": False,
+                                              "tensorboard": True, "bytes_by_block": False}
     with pytest.raises(ValueError, match="split"):
         MetricsSettings(split="train")

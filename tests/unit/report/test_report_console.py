@@ -12,7 +12,7 @@ from dfed.report.console import Console, causes
 COUNTS = {"selected": 9, "completed": 0, "oom": 3, "failed": 6, "ineligible": 4, "unavailable": 1}
 REASONS = {"oom": 3, "dropout": 2, "exception": 1, "host_memory": 1, "non_finite": 1, "out_of_range": 1}
 SUMMARY = {
-    "tiers": [], "split": "test", "accuracy": 0.25, "loss": 1.5, "rounds": 3, "finished": True, "clients": COUNTS,
+    "tiers": [], "split": "test", "accuracy": 0.25, "loss": 1.5, "test": None, "rounds": 3, "finished": True, "clients": COUNTS,
     "reasons": REASONS, "bytes": {"up": 0, "down": 2048}, "time_s": 1.0, "sim_time_s": 0.0, "energy_j": 0.0,
 }
 
@@ -37,6 +37,14 @@ def test_a_run_that_nobody_took_part_in_says_so_at_the_end():
     line = f"no client completed in any round: the model is the initial one ({causes(COUNTS, REASONS)})\n"
     assert line in _shown(SUMMARY)
     assert "no client completed" not in _shown(SUMMARY | {"clients": COUNTS | {"completed": 1}})
+
+
+def test_a_test_at_the_end_is_said():
+    assert "test accuracy 0.2500, loss 1.5000 after 3 rounds\n" in _shown(SUMMARY)
+    assert "of the last model" not in _shown(SUMMARY)
+    shown = _shown(SUMMARY | {"split": "validation", "test": {"accuracy": 0.125, "loss": 2.25}})
+    assert ("validation accuracy 0.2500, loss 1.5000 after 3 rounds\n"
+            "test accuracy 0.1250, loss 2.2500, of the last model\n") in shown
 
 
 def test_names_are_shown_as_they_are_written(monkeypatch):

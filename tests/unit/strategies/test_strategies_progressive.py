@@ -26,8 +26,8 @@ def test_shrinking_goes_from_the_last_block_to_the_second_and_hands_down():
     state, seen = strategy.init(small.values), []
     for number in range(8):
         plan = strategy.plan(state, small.candidate())
-        seen.append((plan.options["stage"], not plan.options.get("tail", True)))
-        assert strategy.evaluated(state).options["stage"] == state.facts["trained"]
+        seen.append((plan.options["stage"] - 1, not plan.options.get("tail", True)))
+        assert strategy.evaluated(state).options["stage"] == state.facts["trained"] + 1
         before = state.params
         state = after_round(strategy, state, 1e-3, ("conv", "output", "head"))
         if number == 1:  # the classifier as it was learned is the output module's of the second block
@@ -52,7 +52,7 @@ def test_shrinking_trains_its_block_and_output_only():
     """The front is as it was drawn: no tail, although the method trains one when it grows."""
     small = Small("neulite", split=CUTS, order="elastic", shrink_rounds=1)
     plan = small.strategy.plan(small.strategy.init(small.values), small.candidate())
-    assert plan.options == {"stage": 2, "thawed": 0, "tail": False}
+    assert plan.options == {"stage": 3, "thawed": 0, "tail": False}
     x, y = data()
     result, _ = small.train(replace(plan, phases=(replace(plan.phases[0], epochs=None, steps=2),)), x, y)
     assert {name.partition(".")[0] for name in result.update} == {"conv2", "hidden", "head"}
