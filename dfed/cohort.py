@@ -137,7 +137,7 @@ def choose_cohort(job: Job, state: ServerState) -> Cohort:
         present.sort(key=lambda client: (asked.cost(client), client))
     late = too_slow.union(present[job.cohort :])
     waits_in_vain = job.deadline_s is not None and bool(dropped | too_slow) and len(present) < job.cohort
-    costs = {c: job.costs.flops(plans[c], job.partition.num_samples(c)) for c in present if c not in late}
+    costs = {c: sum(_work(job, c, plans[c])) for c in present if c not in late}
     ranks = _assign(costs, job.transport.client_ranks)
     return Cohort({c: plans[c] for c in chosen}, ranks, dropped, refused, late, waits_in_vain, **in_vain)
 
@@ -151,11 +151,18 @@ def _misses_deadline(job: Job, client: int, plan: Plan, round_index: int) -> boo
     """Whether the client would be done after the deadline, with whatever slows it down, as the server then finds out."""
     if job.deadline_s is None:
         return False
-    form, flops = job.forms.of(plan), job.costs.flops(plan, job.partition.num_samples(client))
+    form, (flops, int8_flops) = job.forms.of(plan), _work(job, client, plan)
     down, up = sum(form.down_bytes(round_index, client).values()), sum(form.up_bytes(round_index, client).values())
     slowed = job.fleet.straggles(client, round_index)
-    cost = client_cost(job.fleet.profile(client), flops=flops, bytes_down=down, bytes_up=up, slowed=slowed)
+    cost = client_cost(job.fleet.profile(client), flops=flops, int8_flops=int8_flops, bytes_down=down, bytes_up=up,
+                       slowed=slowed)
     return cost.total_s > job.deadline_s
+
+
+def _work(job: Job, client: int, plan: Plan) -> tuple[float, float]:
+    """Floating-point and int8 operations of the client's training."""
+    num_samples = job.partition.num_samples(client)
+    return job.costs.flops(plan, num_samples), job.costs.int8_flops(plan, num_samples)
 
 
 def _assign(costs: Mapping[int, float], ranks: Sequence[int]) -> dict[int, int]:
@@ -233,8 +240,8 @@ def _client_row(job: Job, cohort: Cohort, report: Mapping[str, Any], round_index
     down, up = sum(report["bytes_down"].values()), sum(report["bytes_up"].values())
     form, slowed = job.forms.of(plan), job.fleet.straggles(client, round_index)
     trains = report["status"] == "completed" or client in cohort.late
-    flops = job.costs.flops(plan, num_samples) if trains else 0.0
-    cost = client_cost(profile, flops=flops, bytes_down=down, bytes_up=up, slowed=slowed)
+    flops, int8_flops = _work(job, client, plan) if trains else (0.0, 0.0)
+    cost = client_cost(profile, flops=flops, int8_flops=int8_flops, bytes_down=down, bytes_up=up, slowed=slowed)
     return {
         "client": client,
         "tier": profile.tier,

@@ -62,7 +62,8 @@ class Asked:
     def _ask(self, client: int) -> tuple[ClientPlanner, Plan | None]:
         if client not in self._found:
             num_samples, profile = self._partition.num_samples(client), self._fleet.profile(client)
-            planner = ClientPlanner(self._costs, profile, num_samples, self._state.infeasible, self._deadline_s)
+            planner = ClientPlanner(self._costs, profile, num_samples, self._state.infeasible, self._deadline_s,
+                                    self._fleet.upload_share(client, self._state.round_index))
             candidate = Candidate(client, self._state.round_index, num_samples, profile, planner,
                                   lambda: self._partition.label_counts([client]))
             plan = self._strategy.plan(self._state, candidate) if num_samples else None

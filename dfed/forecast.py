@@ -27,6 +27,7 @@ __all__ = ["FirstPlan", "Forecast", "TierRow", "asking", "device_order"]
 _MOST_BYTES = 2**50
 _NO_PLAN = "the strategy has no plan for such a client, whatever its budget"
 _NO_PLAN_IN_TIME = f"{_NO_PLAN}, that would be done within `server.deadline` ({{:g}} s)"
+_NO_PLAN_IN_LIMITS = f"{_NO_PLAN}, within its `time_share` or what it can send"
 _NOT_IN_TIME = "the plan takes {:g} simulated s, and `server.deadline` is {:g}"
 _TOO_MUCH = "the plan needs more than 1 PiB"
 
@@ -151,7 +152,8 @@ class Forecast:
         return FirstPlan(plan, verdict_of(*needs, profile.budget_bytes, self._planning.enforce), None)
 
     def _planner(self, profile: DeviceProfile, num_samples: int) -> ClientPlanner:
-        return ClientPlanner(self._costs, profile, num_samples, {}, self._deadline_s)
+        upload_share = profile.upload_least or profile.upload_most
+        return ClientPlanner(self._costs, profile, num_samples, {}, self._deadline_s, upload_share)
 
     def first_of_all(self, profiles: Sequence[DeviceProfile], num_samples: int) -> list[FirstPlan | None]:
         """As :meth:`first` for each of ``profiles``, which are of one tier and sorted by :func:`device_order`.
@@ -210,7 +212,7 @@ class Forecast:
             "batch_size": self._planning.strategy.problem.phases[0].batch_size,
             "largest_batch": largest_batch(costs, most.plan, weakest.budget_bytes) if most else 0,
             "smallest_bytes": smallest,
-            "reason": None if smallest is not None else most.reason or _TOO_MUCH if most else self._no_plan(),
+            "reason": None if smallest is not None else most.reason or _TOO_MUCH if most else self._no_plan(weakest),
         }
         if first is None or not first.trains:
             return TierRow(**common)
@@ -220,7 +222,9 @@ class Forecast:
                        trained_share=self._trained_share(plan), bytes_down=down, bytes_up=up,
                        flops=costs.flops(plan, num_samples), sim_time_s=cost.total_s, energy_j=cost.energy_j)
 
-    def _no_plan(self) -> str:
+    def _no_plan(self, profile: DeviceProfile) -> str:
+        if any(limit is not None for limit in (profile.time_share, profile.upload_least, profile.upload_most)):
+            return _NO_PLAN_IN_LIMITS
         return _NO_PLAN if self._deadline_s is None else _NO_PLAN_IN_TIME.format(self._deadline_s)
 
     def _smallest_budget(self, profile: DeviceProfile, num_samples: int) -> int | None:
@@ -247,4 +251,5 @@ def device_order(profile: DeviceProfile) -> tuple[float, ...]:
     """Order of a tier's devices in which those that differ in their budget only, which comes last, stand together."""
     budget = math.inf if profile.budget_bytes is None else profile.budget_bytes
     return (profile.flops, profile.up, profile.down, profile.watts, profile.radio_watts, profile.availability,
-            profile.dropout, profile.straggle, profile.slowdown, budget)
+            profile.dropout, profile.straggle, profile.slowdown, profile.int8_speedup, profile.time_share or math.inf,
+            profile.upload_least or math.inf, profile.upload_most or math.inf, budget)

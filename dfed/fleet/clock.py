@@ -25,13 +25,14 @@ class Cost:
         return self.down_s + self.compute_s + self.up_s
 
 
-def client_cost(profile: DeviceProfile, *, flops: float, bytes_down: int, bytes_up: int, slowed: bool = False) -> Cost:
+def client_cost(profile: DeviceProfile, *, flops: float, bytes_down: int, bytes_up: int, int8_flops: float = 0.0,
+                slowed: bool = False) -> Cost:
     """The cost of one client's round.
 
     ::
 
         factor    = profile.slowdown if slowed else 1
-        compute_s = factor * flops      / profile.flops
+        compute_s = factor * (flops + int8_flops / profile.int8_speedup) / profile.flops
         down_s    = factor * bytes_down / profile.down
         up_s      = factor * bytes_up   / profile.up
         energy_j  = profile.watts * compute_s + profile.radio_watts * (down_s + up_s)
@@ -42,12 +43,14 @@ def client_cost(profile: DeviceProfile, *, flops: float, bytes_down: int, bytes_
     Args:
         profile: The client's device.
         flops: Floating-point operations of the local training.
+        int8_flops: Its operations in int8.
         bytes_down, bytes_up: Encoded bytes from and to the server.
         slowed: Whether the client is slowed down in this round; not so in predictions.
     """
-    assert min(flops, bytes_down, bytes_up) >= 0, "work and bytes cannot be negative"
+    assert min(flops, int8_flops, bytes_down, bytes_up) >= 0, "work and bytes cannot be negative"
     factor = profile.slowdown if slowed else 1.0
-    parts = flops / profile.flops, bytes_down / profile.down, bytes_up / profile.up
+    work = flops + int8_flops / profile.int8_speedup
+    parts = work / profile.flops, bytes_down / profile.down, bytes_up / profile.up
     compute_s, down_s, up_s = (factor * part for part in parts)
     return Cost(compute_s, down_s, up_s, profile.watts * compute_s + profile.radio_watts * (down_s + up_s))
 

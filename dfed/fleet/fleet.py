@@ -125,6 +125,16 @@ class Fleet:
         """Whether ``client``, if chosen, vanishes during ``round``; keyed by ``(seed, round, client)``."""
         return uniform(self._seed, "dropout", round, client) < self.profile(client).dropout
 
+    def upload_share(self, client: int, round: int) -> float | None:
+        """What ``client`` can send in ``round``, as a share of the full model's bytes; None: no limit. Keyed by ``(seed, round,
+        client)``."""
+        profile = self.profile(client)
+        ends = [share for share in (profile.upload_least, profile.upload_most) if share is not None]
+        if not ends:
+            return None
+        least, most = ends[0], ends[-1]
+        return least + (most - least) * uniform(self._seed, "upload", round, client)
+
     def straggles(self, client: int, round: int) -> bool:
         """Whether ``client``, if it takes part, is slowed down in ``round``; keyed by ``(seed, round, client)``."""
         return uniform(self._seed, "straggle", round, client) < self.profile(client).straggle

@@ -23,6 +23,10 @@ class DeviceProfile:
         dropout: Probability in [0, 1] that, once chosen, it vanishes during the round.
         straggle: Probability in [0, 1] that it is slowed down in a round.
         slowdown: How many times as long, at least 1, everything takes it in such a round.
+        int8_speedup: How many times as fast it computes in int8 as in floating point.
+        time_share: What a round may take it, as a share of plainly training the full model; None: no limit.
+        upload_least, upload_most: Between what shares of the full model's bytes it can send in a round; one alone stands for
+            both, None for no limit.
     """
 
     tier: str
@@ -36,3 +40,7 @@ class DeviceProfile:
     dropout: float
     straggle: float = 0.0
     slowdown: float = 4.0
+    int8_speedup: float = 2.0
+    time_share: float | None = None
+    upload_least: float | None = None
+    upload_most: float | None = None

@@ -35,6 +35,11 @@ class DeviceSettings(Settings):
         straggle: Probability that a client that takes part in a round is slowed down in it, which the server does not know
             beforehand.
         slowdown: How many times as long its computing, receiving and sending then take.
+        int8_speedup: How many times as fast it computes in int8 as in floating point.
+        time_share: What a round may take it, as a share of the simulated time in which it would train the full model plainly;
+            null for no limit.
+        upload_least, upload_most: What it can send in a round, as a share of the full model's bytes: drawn anew each round,
+            uniformly between the two. One of the two alone stands for both; neither for no limit.
     """
 
     memory: Memory = None
@@ -47,6 +52,18 @@ class DeviceSettings(Settings):
     dropout: Annotated[float, _Probability] = 0.0
     straggle: Annotated[float, _Probability] = 0.0
     slowdown: Annotated[float, _AtLeastOne] = 4.0
+    int8_speedup: Annotated[float, _Positive] = 2.0
+    time_share: Annotated[float, _Positive] | None = None
+    upload_least: Annotated[float, _Positive] | None = None
+    upload_most: Annotated[float, _Positive] | None = None
+
+    @field_validator("upload_most")
+    @classmethod
+    def _in_order(cls, most: float | None, info: ValidationInfo) -> float | None:
+        least = info.data.get("upload_least")
+        if most is not None and least is not None and most < least:
+            raise ValueError(f"must be at least `upload_least` ({least:g}), but is {most:g}.")
+        return most
 
 
 def check_name(name: str) -> str:

@@ -16,10 +16,12 @@ from dfed.fleet.settings import DeviceSettings, check_name
 
 __all__ = ["Rows", "read_rows"]
 
-_NUMBERS = ("flops", "up", "down", "watts", "radio_watts", "availability", "dropout", "straggle", "slowdown")
-_COLUMNS = ("client", "tier", "memory", *_NUMBERS)
+_NUMBERS = ("flops", "up", "down", "watts", "radio_watts", "availability", "dropout", "straggle", "slowdown",
+            "int8_speedup")
+_SHARES = ("time_share", "upload_least", "upload_most")
+_COLUMNS = ("client", "tier", "memory", *_NUMBERS, *_SHARES)
 _FIELD = "fleet.csv"
-_NO_LIMIT = -1
+_NO_LIMIT = -1  # of bytes, and of shares
 _MAX_FAULTS = 20
 
 
@@ -30,7 +32,8 @@ class Rows:
         tier_names: Names of the tiers.
         tiers: Index into ``tier_names``, int64 of shape (clients,).
         budgets: Bytes, int64 of shape (clients,); −1 for no limit.
-        numbers: float64 of shape (clients, 9): flops, up, down, watts, radio_watts, availability, dropout, straggle, slowdown.
+        numbers: float64 of shape (clients, 13): flops, up, down, watts, radio_watts, availability, dropout, straggle, slowdown,
+            int8_speedup, and time_share, upload_least and upload_most, of which −1 stands for no limit.
     """
 
     def __init__(self, tier_names: tuple[str, ...], tiers: np.ndarray, budgets: np.ndarray, numbers: np.ndarray):
@@ -52,7 +55,8 @@ class Rows:
     def profile(self, client: int) -> DeviceProfile:
         """The device of ``client``."""
         budget = int(self._budgets[client])
-        numbers = dict(zip(_NUMBERS, self._numbers[client].tolist(), strict=True))
+        numbers = dict(zip((*_NUMBERS, *_SHARES), self._numbers[client].tolist(), strict=True))
+        numbers |= {name: None if numbers[name] == _NO_LIMIT else numbers[name] for name in _SHARES}
         return DeviceProfile(
             tier=self.tier_names[self._tiers[client]], budget_bytes=None if budget == _NO_LIMIT else budget, **numbers
         )
@@ -99,7 +103,7 @@ def _columns(header: list[str], lines: list[tuple[int, list[str]]], budget: Call
     tier_names: dict[str, int] = {}
     tiers = np.empty(len(lines), dtype=np.int64)
     budgets = np.empty(len(lines), dtype=np.int64)
-    numbers = np.empty((len(lines), len(_NUMBERS)), dtype=np.float64)
+    numbers = np.empty((len(lines), len(_NUMBERS) + len(_SHARES)), dtype=np.float64)
     faults: list[Fault] = []
     for client, (line, cells) in enumerate(lines):
         if len(faults) >= _MAX_FAULTS:
@@ -116,7 +120,9 @@ def _columns(header: list[str], lines: list[tuple[int, list[str]]], budget: Call
             continue
         tiers[client] = tier_names.setdefault(tier, len(tier_names))
         budgets[client] = _NO_LIMIT if resolved is None else resolved
-        numbers[client] = [getattr(device, name) for name in _NUMBERS]
+        shares = [getattr(device, name) for name in _SHARES]
+        numbers[client] = [*(getattr(device, name) for name in _NUMBERS),
+                           *(_NO_LIMIT if share is None else share for share in shares)]
     if faults:
         raise ConfigError(faults[:_MAX_FAULTS])
     return Rows(tuple(tier_names), tiers, budgets, numbers)

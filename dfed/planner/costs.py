@@ -16,7 +16,7 @@ from dfed.client import ClientSettings, Skeleton, run_plan
 from dfed.client.forms import Forms
 from dfed.memory import CPU_OVERHEAD_BYTES, GREY_ZONE, predict_course
 from dfed.plan import Phase, Plan
-from dfed.planner.flops import flop_counter
+from dfed.planner.flops import flop_counter, flops_by_type
 from dfed.planner.line import PeakLine
 from dfed.planner.store import Store, describe
 from dfed.strategies import Strategy
@@ -70,7 +70,12 @@ class Costs:
         self._depends = [describe(chain), _what_counts(settings), own]
         self._lines: dict[str, PeakLine | None] = {}
         self._peaks: dict[str, int] = {}
-        self._flops: dict[str, list[float]] = {}
+        self._flops: dict[str, list[list[float]]] = {}
+
+    @functools.cached_property
+    def full_plan(self) -> Plan:
+        """Plainly training the full model as configured."""
+        return self.strategy.full_plan()
 
     def peak_bytes(self, plan: Plan) -> int:
         """Predicted peak, in bytes, of the tensors that the plan's training holds at its full batch size."""
@@ -109,15 +114,25 @@ class Costs:
 
     def flops(self, plan: Plan, num_samples: int) -> float:
         """Floating-point operations of the plan's training on ``num_samples`` samples (a product and a sum are two)."""
+        return self._work(plan, num_samples)[0]
+
+    def int8_flops(self, plan: Plan, num_samples: int) -> float:
+        """Operations in int8, likewise; :meth:`flops` does not count them."""
+        return self._work(plan, num_samples)[1]
+
+    def _work(self, plan: Plan, num_samples: int) -> tuple[float, float]:
+        """Floating-point and int8 operations."""
         plan = plan.without_details()
         key = with_batch(plan, 1).cost_key()
         if key not in self._flops:
-            depends = ["flops", *self._depends, key]
+            depends = ["flops by type", *self._depends, key]
             self._flops[key] = self._store.get(depends, lambda: [
                 self._flops_per_visit(replace(plan, phases=(phase,))) for phase in plan.phases
             ])
-        visits = (phase.num_visits(num_samples) for phase in plan.phases)
-        return sum(per_visit * count for per_visit, count in zip(self._flops[key], visits, strict=True))
+        visits = [phase.num_visits(num_samples) for phase in plan.phases]
+        plain, int8 = (sum(per_visit[kind] * count for per_visit, count in zip(self._flops[key], visits, strict=True))
+                       for kind in (0, 1))
+        return plain, int8
 
     def message_bytes(self, plan: Plan) -> tuple[int, int]:
         """Bytes that this plan's client receives and sends in a round, header included."""
@@ -173,8 +188,8 @@ class Costs:
             rate_factor=1.0, device=torch.device("cpu"), generator=torch.Generator(), draw=draw,
         )
 
-    def _flops_per_visit(self, plan: Plan) -> float:
-        """Of one phase; the mean over the courses among which its steps draw."""
+    def _flops_per_visit(self, plan: Plan) -> list[float]:
+        """Floating-point and int8 operations of one phase; the mean over the courses among which its steps draw."""
         counter, skeleton, num_draws = flop_counter(), Skeleton(self.strategy.build(plan)), self.strategy.num_draws(plan)
         turns = itertools.count()
 
@@ -184,7 +199,7 @@ class Costs:
                     self._train(plan, skeleton, values, batch_size=_FLOP_BATCH, steps=1, draw=lambda n: next(turns) % n)
 
         predict_course(lambda: self._payload(plan), work)
-        return counter.get_total_flops() / (_FLOP_BATCH * num_draws)
+        return [count / (_FLOP_BATCH * num_draws) for count in flops_by_type(counter)]
 
 
 def _what_counts(settings: ClientSettings) -> list[Any]:

@@ -8,12 +8,19 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
 
-__all__ = ["flop_counter"]
+__all__ = ["flop_counter", "flops_by_type"]
 
 
 def flop_counter() -> FlopCounterMode:
     """A context that counts operations (a product and a sum are two) of all that runs inside; see ``get_total_flops``."""
     return FlopCounterMode(display=False, custom_mapping={torch.ops.aten.convolution_backward: _convolution_backward})
+
+
+def flops_by_type(counter: FlopCounterMode) -> tuple[int, int]:
+    """What ``counter`` counted: operations in floating point, and operations in int8, which are oneDNN's own operators."""
+    counts = counter.get_flop_counts()["Global"]
+    int8 = sum(count for operator, count in counts.items() if str(operator).startswith("onednn."))
+    return sum(counts.values()) - int8, int8
 
 
 def _convolution_backward(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 from dfed.fleet import Cost, DeviceProfile, client_cost
 from dfed.plan import Plan
@@ -23,6 +24,7 @@ class ClientPlanner:
         infeasible: ``ServerState.infeasible``: what ran out of memory before.
         deadline_s: How many simulated seconds the server waits for an answer at most; None: for as long as it takes. A plan
             that is predicted to take longer does not fit. That a client may be slowed down is not part of the prediction.
+        upload_share: What the client can send in this round, as a share of the full model's bytes; None: no limit.
     """
 
     costs: Costs
@@ -30,11 +32,27 @@ class ClientPlanner:
     num_samples: int
     infeasible: Mapping[str, int]
     deadline_s: float | None = None
+    upload_share: float | None = None
+
+    @cached_property
+    def time_limit_s(self) -> float | None:
+        """Simulated seconds that a round may take the client: the deadline, or its share of plainly training the full model,
+        whichever is less; None: as many as it takes."""
+        limits = [] if self.deadline_s is None else [self.deadline_s]
+        if self.profile.time_share is not None:
+            limits.append(self.profile.time_share * self.cost(self.costs.full_plan).total_s)
+        return min(limits, default=None)
+
+    @cached_property
+    def upload_limit_bytes(self) -> float | None:
+        """Bytes that the client can send in this round; None: no limit."""
+        return None if self.upload_share is None else self.upload_share * self.costs.message_bytes(self.costs.full_plan)[1]
 
     def cost(self, plan: Plan) -> Cost:
         """Simulated seconds and joules of a round with this plan."""
         down, up = self.costs.message_bytes(plan)
-        return client_cost(self.profile, flops=self.costs.flops(plan, self.num_samples), bytes_down=down, bytes_up=up)
+        flops, int8_flops = self.costs.flops(plan, self.num_samples), self.costs.int8_flops(plan, self.num_samples)
+        return client_cost(self.profile, flops=flops, int8_flops=int8_flops, bytes_down=down, bytes_up=up)
 
     def failed_before(self, plan: Plan) -> bool:
         """Whether this plan ran out of memory on this client's budget, or on a larger one."""
@@ -42,13 +60,14 @@ class ClientPlanner:
         return budget is not None and budget <= self.infeasible.get(plan.cost_key(), -1)
 
     def fits(self, plan: Plan, *, time_s: float | None = None, upload_bytes: float | None = None) -> bool:
-        """Whether the client can carry the plan out: in its memory, by the deadline, and in so many simulated seconds and bytes
-        up, if given."""
+        """Whether the client can carry the plan out: in its memory, by the deadline, within its own limits, and in so many
+        simulated seconds and bytes up, if given."""
         if self.failed_before(plan) or not self.costs.fits(plan, self.profile.budget_bytes):
             return False
-        if upload_bytes is not None and self.costs.message_bytes(plan)[1] > upload_bytes:
+        most_bytes = [limit for limit in (upload_bytes, self.upload_limit_bytes) if limit is not None]
+        if most_bytes and self.costs.message_bytes(plan)[1] > min(most_bytes):
             return False
-        limits = [limit for limit in (time_s, self.deadline_s) if limit is not None]
+        limits = [limit for limit in (time_s, self.time_limit_s) if limit is not None]
         return not limits or self.cost(plan).total_s <= min(limits)
 
     def best(self, plans: Iterable[Plan], *, time_s: float | None = None, upload_bytes: float | None = None) -> Plan | None:

@@ -233,3 +233,23 @@ def test_a_faulty_file_names_its_lines(tmp_path):
     ):
         with pytest.raises(ConfigError, match=why):
             Fleet.from_settings(FleetSettings(csv=str(path)), seed=0, full_peak_bytes=never)
+
+
+def test_what_a_client_can_send_is_drawn_anew_each_round(tmp_path):
+    limits = {"upload_least": 0.5, "upload_most": 1.0}
+    fleet = make(12, a={"count": 4, **limits}, b={"count": 4, "upload_most": 0.3}, c={"count": 4})
+    tiers = fleet.tier_of(np.arange(12))
+    drawn = {tier: [fleet.upload_share(client, round) for client in np.flatnonzero(tiers == tier).tolist()
+                    for round in range(500)] for tier in range(3)}
+    assert 0.5 <= min(drawn[0]) < 0.51  # 2,000 draws
+    assert 0.99 < max(drawn[0]) <= 1.0
+    assert np.mean(drawn[0]) == pytest.approx(0.75, abs=0.02)  # some six standard deviations
+    assert len(set(drawn[0])) == 2000
+    assert set(drawn[1]) == {0.3}
+    assert set(drawn[2]) == {None}
+    assert fleet.upload_share(0, 7) == fleet.upload_share(0, 7)
+    from_file = read(tmp_path, "time_share,upload_least,upload_most\n0.33,0.5,1\n,,0.4\n,,\n")
+    assert [from_file.profile(i).time_share for i in range(3)] == [0.33, None, None]
+    assert 0.5 <= from_file.upload_share(0, 0) <= 1
+    assert [from_file.upload_share(i, 0) for i in (1, 2)] == [0.4, None]
+    assert len(set(from_file.kinds().tolist())) == 3

@@ -168,6 +168,25 @@ def test_the_best_plan_for_a_client():
     assert planner.largest_batch(full, 50, time_s=seconds * 0.9) is None
 
 
+def test_a_clients_own_limits_are_shares_of_plain_training():
+    costs, full, _ = costs_of("resnet8", {}, (3, 16, 16), 10, batch_size=16)
+    names = full.hold
+    less = Plan(client=0, hold=full.hold, train=names[-1:], phases=full.phases)  # the same arithmetic, but a small upload
+    free = ClientPlanner(costs, profile(None), 100, {})
+    assert (free.time_limit_s, free.upload_limit_bytes) == (None, None)
+    seconds, (_, up) = free.cost(full).total_s, costs.message_bytes(full)
+    half = ClientPlanner(costs, profile(None, time_share=0.5), 100, {})
+    assert half.time_limit_s == pytest.approx(0.5 * seconds, rel=1e-12)
+    assert not half.fits(full)
+    assert ClientPlanner(costs, profile(None, time_share=1.0), 100, {}).fits(full)
+    assert ClientPlanner(costs, profile(None, time_share=1.0), 100, {}, 0.25 * seconds).time_limit_s == 0.25 * seconds
+    least = costs.message_bytes(less)[1] / up
+    for share, sends in ((1.0, [full, less]), (0.999, [less]), (least * 1.001, [less]), (least * 0.999, [])):
+        planner = ClientPlanner(costs, profile(None), 100, {}, None, share)
+        assert [plan for plan in (full, less) if planner.fits(plan)] == sends
+        assert planner.fits(less, upload_bytes=0) is False
+
+
 def test_what_ran_out_of_memory_is_not_tried_again():
     costs, full, _ = costs_of("resnet8", {}, (3, 16, 16), 10, batch_size=32, momentum=0.9)
     budget = costs.budget_bytes(full)
