@@ -208,7 +208,7 @@ def shards(
 
 def dirichlet_tiers(
     *, num_samples: int, labels: Labels, num_classes: int, num_clients: int, tier_of: TierOf, seed: int,
-    alpha: Alpha = 0.5,
+    alpha: Alpha = 0.5, samples_per_client: Count | None = None,
 ) -> Partition:
     """Class mix that depends on the device tier: Dirichlet between tiers, IID within each.
 
@@ -219,8 +219,14 @@ def dirichlet_tiers(
 
     Args:
         alpha: Concentration, the smaller the more the tiers differ.
+        samples_per_client: Exactly so many for each client, of all classes in proportion; None deals out all samples.
     """
     all_labels = labels()
+    class_sizes = np.bincount(all_labels, minlength=num_classes)
+    if samples_per_client is not None:
+        _check_enough("samples_per_client", samples_per_client, num_clients, num_samples)
+        num_samples = samples_per_client * num_clients
+        class_sizes = apportion(class_sizes, num_samples)
     generator = rng.numpy_generator(seed, "partition tiers")
     tier_names, tiers = np.unique(np.asarray(tier_of(np.arange(num_clients))), return_inverse=True)
     sizes = num_samples // num_clients + (np.arange(num_clients) < num_samples % num_clients)
@@ -229,7 +235,7 @@ def dirichlet_tiers(
         rng.numpy_generator(seed, "partition tiers", int(tier)).dirichlet(np.full(num_classes, alpha))
         for tier in tier_names
     ])
-    counts = fit_margins(mixes, tier_sizes, np.bincount(all_labels, minlength=num_classes))
+    counts = fit_margins(mixes, tier_sizes, class_sizes)
     by_tier, _ = deal(counts, all_labels, generator)
     # by_tier lists the tiers' samples in turn; dealing them to the clients sorted by tier keeps each in its tier.
     clients = np.argsort(tiers, kind="stable")

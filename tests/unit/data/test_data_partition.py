@@ -21,6 +21,7 @@ CASES = {
     "dirichlet": {"alpha": 0.3, "min_samples": 4},
     "shards": {"shards_per_client": 2},
     "dirichlet_tiers": {"alpha": 0.3},
+    "dirichlet_tiers small": {"alpha": 0.3, "samples_per_client": 17},
     "quantity_skew": {"alpha": 0.5, "min_samples": 3},
     "quantity_skew power": {"alpha": 1.2, "distribution": "power_law"},
 }
@@ -214,6 +215,13 @@ def test_tiers_differ_and_clients_of_a_tier_do_not(labels):
 
     uneven = make("dirichlet_tiers", many, clients=clients, alpha=0.2, tiers=lambda c: (np.asarray(c) < 6).astype(int))
     assert abs(uneven.sizes()[:6].sum() - len(many) / 10) <= 6
+    # Of fewer samples the classes keep their shares, to a sample.
+    few = make("dirichlet_tiers", many, clients=clients, alpha=0.2, samples_per_client=100)
+    assert set(few.sizes().tolist()) == {100}
+    assert np.abs(few.label_counts(range(clients)) - total / total.sum() * 6000).max() < 1
+    shares = np.stack([few.label_counts(np.flatnonzero(tiers == t)) for t in range(3)]) / 2000
+    # The same mixes are scaled to the same margins: whole numbers of 2,000, and those of the whole data, apart.
+    assert np.abs(shares - np.stack([skewed[tiers == t].mean(0) for t in range(3)])).max() < 0.01
 
 
 @pytest.mark.parametrize("samples", [1, 2, 7, 40])
@@ -230,6 +238,7 @@ def test_any_combination_is_a_partition_or_a_data_error(samples):
                 ("fixed", {"samples_per_client": few}),
                 ("fixed", {"samples_per_client": few, "alpha": alpha}),
                 ("dirichlet", {"alpha": alpha, "min_samples": few}),
+                ("dirichlet_tiers", {"alpha": alpha, "samples_per_client": few}),
                 ("dirichlet", {"alpha": alpha}),
                 ("shards", {"shards_per_client": few}),
                 ("dirichlet_tiers", {"alpha": alpha}),
