@@ -40,6 +40,7 @@ class Job:
 
     Attributes:
         clients_folder: On the server: where clients keep their states; None if they have none.
+        plain: Costs of plainly training the full model, whatever the strategy.
         body: On the server: holds what is broadcast, from round to round.
         deadline_s: How many simulated seconds the server waits for its clients at most; None: for as long as it takes.
     """
@@ -59,6 +60,7 @@ class Job:
     sampler: Sampler | StatefulSampler
     optimizer: ServerOptimizer
     costs: Costs
+    plain: Costs
     refuses_over_budget: bool
     forms: Forms
     error_feedback: bool
@@ -73,7 +75,7 @@ class Job:
     def asked(self, state: ServerState) -> Asked:
         """The plans that the strategy has for clients in the round after ``state``; none is asked for yet."""
         return Asked(strategy=self.strategy, fleet=self.fleet, partition=self.partition, costs=self.costs, state=state,
-                     deadline_s=self.deadline_s)
+                     plain=self.plain, deadline_s=self.deadline_s)
 
     def view(self, state: ServerState) -> View:
         """What a sampler that remembers may ask in the round after ``state``."""
@@ -88,7 +90,7 @@ class Cohort:
         dropped: Clients that vanish during the round.
         refused: Clients whose predicted peak exceeds their budget, where ``memory.enforce`` is ``predicted``.
         late: Clients that no rank plays, as the server does not take what they would send: they would be done after the
-            deadline, or more were drawn than wanted, and these are predicted to be the slowest of the others.
+            deadline, or more were drawn than wanted, and these are the slowest of the others.
         waits_in_vain: Whether the server waits until the deadline for some that do not answer: they dropped out, or would
             be done after it. It does not where as many as wanted are there by then.
     """
@@ -131,10 +133,11 @@ def choose_cohort(job: Job, state: ServerState) -> Cohort:
     dropped = frozenset(client for client in chosen if job.fleet.drops_out(client, round_index))
     refused = frozenset(c for c in chosen if c not in dropped and _is_over_budget(job, c, plans[c]))
     present = [c for c in chosen if c not in dropped | refused]
-    too_slow = frozenset(c for c in present if _misses_deadline(job, c, plans[c], round_index))
+    times = {c: _time(job, c, plans[c], round_index) for c in present}
+    too_slow = frozenset(c for c in present if job.deadline_s is not None and times[c] > job.deadline_s)
     present = [c for c in present if c not in too_slow]
     if len(present) > job.cohort:
-        present.sort(key=lambda client: (asked.cost(client), client))
+        present.sort(key=lambda client: (times[client], client))
     late = too_slow.union(present[job.cohort :])
     waits_in_vain = job.deadline_s is not None and bool(dropped | too_slow) and len(present) < job.cohort
     costs = {c: sum(_work(job, c, plans[c])) for c in present if c not in late}
@@ -147,16 +150,23 @@ def _is_over_budget(job: Job, client: int, plan: Plan) -> bool:
     return job.refuses_over_budget and budget is not None and job.costs.peak_bytes(plan) > budget
 
 
-def _misses_deadline(job: Job, client: int, plan: Plan, round_index: int) -> bool:
-    """Whether the client would be done after the deadline, with whatever slows it down, as the server then finds out."""
-    if job.deadline_s is None:
-        return False
-    form, (flops, int8_flops) = job.forms.of(plan), _work(job, client, plan)
-    down, up = sum(form.down_bytes(round_index, client).values()), sum(form.up_bytes(round_index, client).values())
-    slowed = job.fleet.straggles(client, round_index)
-    cost = client_cost(job.fleet.profile(client), flops=flops, int8_flops=int8_flops, bytes_down=down, bytes_up=up,
-                       slowed=slowed)
-    return cost.total_s > job.deadline_s
+def _cost(job: Job, client: int, plan: Plan, round_index: int, *, down: int, up: int, trains: bool = True) -> Cost:
+    """What the round costs the client in virtual time and energy, with whatever slows it down.
+
+    Args:
+        down, up: Bytes that it receives and sends.
+        trains: Whether it comes to that.
+    """
+    flops, int8_flops = _work(job, client, plan) if trains else (0.0, 0.0)
+    return client_cost(job.fleet.profile(client), flops=flops, int8_flops=int8_flops, bytes_down=down, bytes_up=up,
+                       slowed=job.fleet.straggles(client, round_index))
+
+
+def _time(job: Job, client: int, plan: Plan, round_index: int) -> float:
+    """Simulated seconds after which the client's update would be there."""
+    form = job.forms.of(plan)
+    down, up = (sum(parts(round_index, client).values()) for parts in (form.down_bytes, form.up_bytes))
+    return _cost(job, client, plan, round_index, down=down, up=up).total_s
 
 
 def _work(job: Job, client: int, plan: Plan) -> tuple[float, float]:
@@ -236,12 +246,10 @@ def _absent(job: Job, cohort: Cohort, clients: Iterable[int], status: str, reaso
 def _client_row(job: Job, cohort: Cohort, report: Mapping[str, Any], round_index: int) -> dict[str, Any]:
     """One client's line of metrics: its report, its device, and what the round cost it in virtual time and energy."""
     client, plan = report["client"], cohort.plans[report["client"]]
-    profile, num_samples = job.fleet.profile(client), job.partition.num_samples(client)
+    profile, form = job.fleet.profile(client), job.forms.of(plan)
     down, up = sum(report["bytes_down"].values()), sum(report["bytes_up"].values())
-    form, slowed = job.forms.of(plan), job.fleet.straggles(client, round_index)
     trains = report["status"] == "completed" or client in cohort.late
-    flops, int8_flops = _work(job, client, plan) if trains else (0.0, 0.0)
-    cost = client_cost(profile, flops=flops, int8_flops=int8_flops, bytes_down=down, bytes_up=up, slowed=slowed)
+    cost = _cost(job, client, plan, round_index, down=down, up=up, trains=trains)
     return {
         "client": client,
         "tier": profile.tier,
@@ -249,7 +257,7 @@ def _client_row(job: Job, cohort: Cohort, report: Mapping[str, Any], round_index
         **{name: report[name] for name in (
             "status", "reason", "loss", "loss_rms", "num_steps", "num_visits", "peak_bytes", "time_s"
         )},
-        "num_samples": num_samples,
+        "num_samples": job.partition.num_samples(client),
         "plan": dict(plan.options),
         "budget_bytes": profile.budget_bytes,
         "predicted_bytes": job.costs.peak_bytes(plan),
@@ -257,7 +265,7 @@ def _client_row(job: Job, cohort: Cohort, report: Mapping[str, Any], round_index
         "bytes_down": down,
         "bytes_header": report["bytes_down"].get("header", 0) + report["bytes_up"].get("header", 0),
         "bytes_by_block": {"down": form.down_blocks, "up": form.up_blocks if up else {}},
-        "slowed": slowed,
+        "slowed": job.fleet.straggles(client, round_index),
         "sim_time_s": cost.total_s,
         "energy_j": cost.energy_j,
     }

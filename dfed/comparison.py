@@ -101,6 +101,8 @@ def load_comparison(path: str | Path, overrides: Sequence[str] = (), *, strategi
         faults.append(Fault("compare.strategies", "must be given, here or by --strategies, but is not."))
     if strategies is not None:
         check_labels(entries, faults)
+    if form is not None:
+        entries = [(field, _without_own(entry, compare.quick)) for field, entry in entries]
     configs = {entry.label: _config(raw, entry, field, form, shared, faults) for field, entry in entries}
     wanted, field = (compare.seeds, "compare.seeds") if form is None else (form.seeds, "compare.quick.seeds")
     wanted, field = (wanted, field) if seeds is None else (seeds, "--seeds")
@@ -125,6 +127,13 @@ def _short_form(compare: CompareSettings, overrides: Sequence[str], faults: list
     given = [override.partition("=")[0] for override in overrides]
     kept = {key: value for key, value in compare.quick.settings.items() if not any(overlap(key, each) for each in given)}
     return replace(compare.quick, settings=kept)
+
+
+def _without_own(entry: EntrySettings, quick: QuickSettings | None) -> EntrySettings:
+    """The entry without those of its settings that the short form sets: its own number of rounds would make that a long one."""
+    assert quick is not None
+    kept = {key: value for key, value in entry.settings.items() if not any(overlap(key, each) for each in quick.settings)}
+    return replace(entry, settings=kept)
 
 
 def _changed(raw: Mapping[str, Any], settings: Mapping[str, Any], faults: list[Fault]) -> dict[str, Any]:
@@ -175,7 +184,7 @@ def _config(raw: Mapping[str, Any], entry: EntrySettings, field: str, quick: Qui
     options = quick.entries.get(entry.label, {}) if quick is not None else {}
     found: list[Fault] = []
     own = _changed({**raw, "strategy": {**entry.strategy, **options}}, entry.settings, found)
-    if quick is not None:  # not before: an entry's own number of rounds would make the short form a long one
+    if quick is not None:
         own = _changed(own, quick.settings, found)
     try:
         config = load_config(None, base=own)

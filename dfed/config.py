@@ -59,12 +59,12 @@ class ServerSettings(Settings):
     Attributes:
         max_failed_fraction: The run ends when more of a cohort than this failed by their own fault: exceptions and
             rejected updates; not running out of memory, not dropping out, not being late.
-        deadline: Simulated seconds for which the server waits for its clients in a round at most; None: for as long as it
+        deadline_s: Simulated seconds for which the server waits for its clients in a round at most; None: for as long as it
             takes. Who would be done later is not waited for.
     """
 
     max_failed_fraction: Annotated[float, Field(ge=0, le=1)] = 0.5
-    deadline: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    deadline_s: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
 
 
 class _Top(Settings):
@@ -131,8 +131,8 @@ class Config:
 
         Not part of it: where data lie, how ranks talk, what is measured and saved, how many failures end the run, and the
         number of rounds, which may be extended unless the learning rate follows it, or the sampler does (``tifl``). With
-        ``metrics.split: validation`` it counts how often is evaluated, as something may go by that. Where a strategy's norm
-        statistics are worked out anew, the mini-batches in which that is done are part of it.
+        ``metrics.split: validation`` it counts how often and in what mini-batches is evaluated, as something may go by that.
+        Where a strategy's norm statistics are worked out anew, the mini-batches in which that is done are part of it.
         """
         value = self.to_dict()
         for name in ("backend", "metrics", "checkpoint", "exchange"):
@@ -143,7 +143,7 @@ class Config:
         value["device"] = device
         value["threads"] = self.backend.threads  # sums inside kernels depend on how they are shared out
         if self.metrics.split == "validation":  # samplers and strategies may go by what evaluations say
-            value["evaluated"] = self.metrics.every
+            value["evaluated"] = [self.metrics.every, self.metrics.batch_size]
         if self.client.schedule.name != "cosine" and self.sampler.name != "tifl":  # which counts its credits by the rounds
             del value["rounds"]
         if "statistics_samples" in self.strategy.options:  # the last model holds them

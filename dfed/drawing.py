@@ -11,7 +11,7 @@ import numpy as np
 from dfed.data import Partition
 from dfed.fleet import Fleet
 from dfed.plan import Plan
-from dfed.planner import ClientPlanner, Costs
+from dfed.planner import ClientPlanner, Costs, Limits
 from dfed.server import StatefulSampler, View
 from dfed.state import ServerState, as_saved
 from dfed.strategies import Candidate, Strategy
@@ -23,13 +23,13 @@ class Asked:
     """The plans that the strategy has for clients in one round. The strategy is asked once for each, when it is wanted.
 
     Args:
-        deadline_s: See :class:`dfed.planner.ClientPlanner`.
+        plain, deadline_s: See :meth:`dfed.planner.Limits.of`.
     """
 
     def __init__(self, *, strategy: Strategy, fleet: Fleet, partition: Partition, costs: Costs, state: ServerState,
-                 deadline_s: float | None):
+                 plain: Costs, deadline_s: float | None):
         self._strategy, self._fleet, self._partition, self._costs, self._state = strategy, fleet, partition, costs, state
-        self._deadline_s = deadline_s
+        self._plain, self._deadline_s = plain, deadline_s
         self._found: dict[int, tuple[ClientPlanner, Plan | None]] = {}
 
     def plan(self, client: int) -> Plan | None:
@@ -44,10 +44,15 @@ class Asked:
     def costs(self) -> np.ndarray:
         """As :meth:`cost`, of all clients, float64 (num_clients,), NaN without a plan.
 
-        Of the clients with equal devices and equally many samples only the first is asked for.
+        Of the clients with equal devices and equally many samples only the first is asked for, unless what they can send is
+        drawn.
         """
         kinds, sizes = self._fleet.kinds(), self._partition.sizes()
         cases = kinds * (int(sizes.max()) + 1) + sizes
+        for kind in np.unique(kinds):
+            alike = np.flatnonzero(kinds == kind)
+            if self._fleet.profile(int(alike[0])).draws_upload:
+                cases[alike] = cases.max() + 1 + np.arange(len(alike))
         _, first, case_of = np.unique(cases, return_index=True, return_inverse=True)
         found = [self.cost(client) for client in first.tolist()]
         return np.array([np.nan if cost is None else cost for cost in found])[case_of]
@@ -62,8 +67,9 @@ class Asked:
     def _ask(self, client: int) -> tuple[ClientPlanner, Plan | None]:
         if client not in self._found:
             num_samples, profile = self._partition.num_samples(client), self._fleet.profile(client)
-            planner = ClientPlanner(self._costs, profile, num_samples, self._state.infeasible, self._deadline_s,
-                                    self._fleet.upload_share(client, self._state.round_index))
+            share = self._fleet.upload_share(client, self._state.round_index)
+            limits = Limits.of(self._plain, profile, client, num_samples, deadline_s=self._deadline_s, upload_share=share)
+            planner = ClientPlanner(self._costs, profile, num_samples, self._state.infeasible, limits)
             candidate = Candidate(client, self._state.round_index, num_samples, profile, planner,
                                   lambda: self._partition.label_counts([client]))
             plan = self._strategy.plan(self._state, candidate) if num_samples else None

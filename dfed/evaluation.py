@@ -39,9 +39,9 @@ def evaluate(run: Run, state: ServerState) -> tuple[ServerState, Evaluation]:
     params, found = _evaluate(run, strategy.evaluated(state), state)
     if state.round_index % run.config.metrics.every == 0:  # where a run was only cut short, an undisturbed one knows nothing
         state = note_evaluation(run.job.sampler, state, found.accuracy_on)
-        if strategy.heeds_evaluation:
+        if strategy.heeds_evaluation is not None:
             judged = strategy.judged(state, found.loss)
-            if judged.params is not state.params and state.round_index == run.config.rounds:
+            if judged.params is not state.params:  # the figures are to be those of the model that goes on
                 params, found = _evaluate(run, strategy.evaluated(judged), judged)
             state = replace(judged, facts=as_saved("the facts of a strategy", judged.facts))
     if state.round_index == run.config.rounds:

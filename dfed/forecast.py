@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException
 from dfed.errors import ConfigError, DataError, DfedError, Fault
 from dfed.fleet import DeviceProfile
 from dfed.plan import Plan
-from dfed.planner import ClientPlanner
+from dfed.planner import ClientPlanner, Costs, Limits
 from dfed.planner.ways import Verdict, largest_batch, verdict_of, why_not
 from dfed.planning import Planning
 from dfed.registry import calling
@@ -26,9 +26,7 @@ __all__ = ["FirstPlan", "Forecast", "TierRow", "asking", "device_order"]
 
 _MOST_BYTES = 2**50
 _NO_PLAN = "the strategy has no plan for such a client, whatever its budget"
-_NO_PLAN_IN_TIME = f"{_NO_PLAN}, that would be done within `server.deadline` ({{:g}} s)"
-_NO_PLAN_IN_LIMITS = f"{_NO_PLAN}, within its `time_share` or what it can send"
-_NOT_IN_TIME = "the plan takes {:g} simulated s, and `server.deadline` is {:g}"
+_NOT_IN_TIME = "the plan takes {:g} simulated s, and `server.deadline_s` is {:g}"
 _TOO_MUCH = "the plan needs more than 1 PiB"
 
 
@@ -116,20 +114,21 @@ class Forecast:
 
     Args:
         name: What the config calls the strategy.
-        deadline_s: See :class:`dfed.planner.ClientPlanner`.
+        plain, deadline_s: See :meth:`dfed.planner.Limits.of`. Of what a client can send, if that is drawn, the least counts.
 
     Raises:
         ConfigError: Like all methods, if the strategy returns what is no plan for this model.
     """
 
-    def __init__(self, planning: Planning, name: str, deadline_s: float | None = None):
-        self._planning, self._costs, self._name, self._deadline_s = planning, planning.costs, name, deadline_s
+    def __init__(self, planning: Planning, name: str, plain: Costs, deadline_s: float | None = None):
+        self._planning, self._costs, self._name = planning, planning.costs, name
+        self._plain, self._deadline_s = plain, deadline_s
         params = {name: torch.empty(shape, device="meta") for name, shape in planning.shapes.items()}
         self._state = planning.strategy.init(params)
         self._needs: dict[str, tuple[int, int] | str] = {}  # by cost key: peak and needed bytes, or why it cannot run
 
     def first(self, profile: DeviceProfile, num_samples: int) -> FirstPlan | None:
-        """The plan of the first round, and whether it runs, by the run's own rules (``memory.enforce``, ``server.deadline``);
+        """The plan of the first round, and whether it runs, by the run's own rules (``memory.enforce``, ``server.deadline_s``);
         None: there is none."""
         planner = self._planner(profile, num_samples)
         plan = self._planning.strategy.plan(self._state, Candidate(0, 0, num_samples, profile, planner))
@@ -152,8 +151,9 @@ class Forecast:
         return FirstPlan(plan, verdict_of(*needs, profile.budget_bytes, self._planning.enforce), None)
 
     def _planner(self, profile: DeviceProfile, num_samples: int) -> ClientPlanner:
-        upload_share = profile.upload_least or profile.upload_most
-        return ClientPlanner(self._costs, profile, num_samples, {}, self._deadline_s, upload_share)
+        limits = Limits.of(self._plain, profile, 0, num_samples, deadline_s=self._deadline_s,
+                           upload_share=profile.upload_least or profile.upload_most)
+        return ClientPlanner(self._costs, profile, num_samples, {}, limits)
 
     def first_of_all(self, profiles: Sequence[DeviceProfile], num_samples: int) -> list[FirstPlan | None]:
         """As :meth:`first` for each of ``profiles``, which are of one tier and sorted by :func:`device_order`.
@@ -223,9 +223,11 @@ class Forecast:
                        flops=costs.flops(plan, num_samples), sim_time_s=cost.total_s, energy_j=cost.energy_j)
 
     def _no_plan(self, profile: DeviceProfile) -> str:
-        if any(limit is not None for limit in (profile.time_share, profile.upload_least, profile.upload_most)):
-            return _NO_PLAN_IN_LIMITS
-        return _NO_PLAN if self._deadline_s is None else _NO_PLAN_IN_TIME.format(self._deadline_s)
+        limits = {"server.deadline_s": self._deadline_s, "time_share": profile.time_share, "upload_least": profile.upload_least,
+                  "upload_most": profile.upload_most}
+        given = [f"`{name}` ({limit:g}{' s' * (name == 'server.deadline_s')})" for name, limit in limits.items()
+                 if limit is not None]
+        return _NO_PLAN + (f", within {' and '.join(given)}" if given else "")
 
     def _smallest_budget(self, profile: DeviceProfile, num_samples: int) -> int | None:
         """The smallest budget with which the strategy has a plan for such a client, and one that fits; None if with none."""

@@ -150,7 +150,7 @@ class Leader:
             result.row.update(
                 accuracy=self._evaluation.accuracy, loss=self._evaluation.loss, evaluation_s=time.perf_counter() - begun
             )
-            if self._run.job.strategy.heeds_evaluation:
+            if self._run.job.strategy.heeds_evaluation is not None:
                 result.row["strategy"] = as_saved("what a strategy notes of a round", self._run.job.strategy.note(state))
             if self._evaluation.refused is not None:
                 result.row["statistics"] = "stale"

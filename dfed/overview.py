@@ -120,7 +120,7 @@ class Survey:
                             device=prepared.device, budgets=prepared.fleet.budgets())
         rows, able = [], []
         with asking(choice.name, prepared.config.model.name):
-            forecast = Forecast(planning, choice.name, prepared.config.server.deadline)
+            forecast = Forecast(planning, choice.name, prepared.plain.costs, prepared.config.server.deadline_s)
             for tier in self._tiers:
                 mean = max(1, round(int(self._sizes[tier.clients].sum()) / len(tier.clients)))
                 found = forecast.first_of_all(tier.profiles, mean)

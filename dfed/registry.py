@@ -164,6 +164,7 @@ PARTITIONERS = Registry("partitioner", {
 })
 STRATEGIES = Registry("strategy", {
     "allsmall": "dfed.strategies.allsmall:AllSmall",
+    "cocofl": "dfed.strategies.cocofl:CoCoFL",
     "depthfl": "dfed.strategies.depthfl:DepthFL",
     "exclusivefl": "dfed.strategies.exclusivefl:ExclusiveFL",
     "fedavg": "dfed.strategies.fedavg:FedAvg",

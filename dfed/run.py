@@ -47,7 +47,11 @@ class StopFlag:
 
 @dataclass(frozen=True, kw_only=True)
 class Prepared:
-    """What a rank makes from the config alone, before it meets the others: whatever is wrong with it shows here."""
+    """What a rank makes from the config alone, before it meets the others: whatever is wrong with it shows here.
+
+    Attributes:
+        plain: Plainly training the full model, of which the fleet's shares are shares.
+    """
 
     config: Config
     device: torch.device
@@ -56,6 +60,7 @@ class Prepared:
     fleet: Fleet
     partition: Partition
     planning: Planning
+    plain: Planning
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,8 +102,8 @@ def prepare(config: Config, device: torch.device, *, to_run: bool = True) -> Pre
     chain = _chain(config, data)
     if to_run:
         _check_host(config, data, chain)
-    full = Planning(config, chain, Choice("fedavg", {}), num_clients=1, device=device)
-    fleet = Fleet.from_settings(config.fleet, seed=config.seed, full_peak_bytes=full.full_budget_bytes)
+    plain = Planning(config, chain, Choice("fedavg", {}), num_clients=1, device=device)
+    fleet = Fleet.from_settings(config.fleet, seed=config.seed, full_peak_bytes=plain.full_budget_bytes)
     if config.cohort > fleet.num_clients:
         message = f"must be at most the number of clients ({fleet.num_clients}), but is {config.cohort}."
         raise ConfigError([Fault("cohort", message)])
@@ -115,11 +120,23 @@ def prepare(config: Config, device: torch.device, *, to_run: bool = True) -> Pre
         message = (f"must be at least 2 with strategy '{config.strategy.name}', which works the statistics of norms out of "
                    f"mini-batches of this size, but is {config.metrics.batch_size}.")
         raise ConfigError([Fault("metrics.batch_size", message)])
-    if planning.strategy.heeds_evaluation and config.metrics.split == "test":
-        message = (f"must be 'validation' (and `data.validation_fraction` above 0) with these options of strategy "
-                   f"'{config.strategy.name}', which goes by what evaluations say, but is 'test'.")
+    _check_heeded(config, planning)
+    return Prepared(config=config, device=device, data=data, chain=chain, fleet=fleet, partition=partition, planning=planning,
+                    plain=plain)
+
+
+def _check_heeded(config: Config, planning: Planning) -> None:
+    """Where a strategy goes by evaluations they must come in time, and not from the test set."""
+    within, said = planning.strategy.heeds_evaluation, f"with these options of strategy '{config.strategy.name}'"
+    if within is None:
+        return
+    if config.metrics.split == "test":
+        message = (f"must be 'validation' (and `data.validation_fraction` above 0) {said}, which goes by what evaluations say, "
+                   "but is 'test'.")
         raise ConfigError([Fault("metrics.split", message)])
-    return Prepared(config=config, device=device, data=data, chain=chain, fleet=fleet, partition=partition, planning=planning)
+    if config.metrics.every > within:
+        message = f"must be at most {within} {said}, which counts rounds between evaluations, but is {config.metrics.every}."
+        raise ConfigError([Fault("metrics.every", message)])
 
 
 def _labels(config: Config, data: DataSplits) -> np.ndarray:
@@ -205,13 +222,13 @@ def _job(prepared: Prepared, link: Link, stop: StopFlag, clients_folder: Path | 
     keeps_state = config.error_feedback or planning.strategy.keeps_state
     return Job(
         seed=config.seed, rounds=config.rounds, cohort=config.cohort, exchange=config.exchange,
-        max_failed_fraction=config.server.max_failed_fraction, deadline_s=config.server.deadline,
+        max_failed_fraction=config.server.max_failed_fraction, deadline_s=config.server.deadline_s,
         strategy=planning.strategy, strategy_name=config.strategy.name, shapes=planning.shapes,
         buffers=planning.buffers, fleet=fleet,
         partition=prepared.partition,
         sampler=SAMPLERS.get(config.sampler.name)(**config.sampler.options),
         optimizer=SERVER_OPTIMIZERS.get(config.server_optimizer.name)(**config.server_optimizer.options),
-        costs=planning.costs, forms=planning.forms, error_feedback=config.error_feedback,
+        costs=planning.costs, plain=prepared.plain.costs, forms=planning.forms, error_feedback=config.error_feedback,
         clients_folder=str(clients_folder.resolve()) if clients_folder is not None and keeps_state else None,
         refuses_over_budget=config.memory.enforce == "predicted",
         rate_factor=lambda round_index: config.client.schedule.at(round_index, config.rounds),

@@ -2,6 +2,7 @@
 
 from dfed.blocks.depth import ExitChain, check_names, classifier, cut_points, pad_to, paddable
 from dfed.blocks.int8 import hold_int8
+from dfed.blocks.quantised import freeze_int8
 from dfed.blocks.splitting import Splitting
 from dfed.blocks.stages import cut, output_module, stage, tail_parameters, train_only
 
@@ -12,6 +13,7 @@ __all__ = [
     "classifier",
     "cut",
     "cut_points",
+    "freeze_int8",
     "hold_int8",
     "output_module",
     "pad_to",

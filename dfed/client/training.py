@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -48,8 +48,20 @@ class LocalResult:
     num_steps: int
 
 
+@runtime_checkable
+class _Taker(Protocol):
+    """A module that makes what it holds from the values that came down."""
+
+    def take(self, values: Mapping[str, Tensor], prefix: str, device: torch.device) -> None: ...
+
+    def release(self) -> None: ...
+
+
 class Skeleton:
     """A sub-model without storage that can be given storage, trained, and emptied again, client after client.
+
+    A module that has the methods ``take(values, prefix, device)`` and ``release()`` (see :class:`dfed.blocks.quantised.Frozen`)
+    makes what it holds from the values by itself, and is asked to let go of it again.
 
     Args:
         model: On the meta device, as :meth:`Strategy.build` made it.
@@ -57,9 +69,10 @@ class Skeleton:
 
     def __init__(self, model: nn.Module):
         self.model = model
+        self._takers = {prefix: module for prefix, module in model.named_modules() if isinstance(module, _Taker)}
         self._slots = [
             (table, name, f"{prefix}.{name}" if prefix else name, tensor, name not in module._non_persistent_buffers_set)
-            for prefix, module in model.named_modules()
+            for prefix, module in model.named_modules() if prefix not in self._takers
             for table in (module._parameters, module._buffers)
             for name, tensor in table.items()
             if tensor is not None
@@ -74,8 +87,10 @@ class Skeleton:
         allocated by itself, so that kernels see the same alignment whatever it was copied from.
 
         Raises:
-            KeyError: If a floating-point tensor has no value.
+            KeyError: If a floating-point tensor, or one that a module asks for, has no value.
         """
+        for prefix, module in self._takers.items():  # first: what they need for a while is not on top of everything else
+            module.take(values, prefix, device)
         for table, name, full_name, empty, persistent in self._slots:
             if not (persistent and empty.is_floating_point()):
                 table[name] = torch.zeros(empty.shape, dtype=empty.dtype, device=device)
@@ -93,6 +108,8 @@ class Skeleton:
             Whether the model is as it was. If not (a strategy added modules, hooks, or attributes deeper down), the skeleton
             must not serve another client.
         """
+        for module in self._takers.values():
+            module.release()
         for table, name, _, empty, _ in self._slots:
             table[name] = empty
         for attribute in set(vars(self.model)) - self._attributes:

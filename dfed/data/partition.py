@@ -214,8 +214,8 @@ def dirichlet_tiers(
 
     Data correlated with resources, after the rc-non-IID setting of CoCoFL (Pfeiffer et al., 2023, arXiv:2203.05468).
     Each tier's class mix is drawn from Dirichlet(alpha, ..., alpha), then all mixes are scaled together (iterative
-    proportional fitting) so that every sample is used and clients are of equal size, whatever their tier. A fleet
-    of one tier thus has IID data.
+    proportional fitting) so that the classes' totals are those of the data and clients are of equal size, whatever their
+    tier. A fleet of one tier thus has IID data.
 
     Args:
         alpha: Concentration, the smaller the more the tiers differ.

@@ -44,3 +44,8 @@ class DeviceProfile:
     time_share: float | None = None
     upload_least: float | None = None
     upload_most: float | None = None
+
+    @property
+    def draws_upload(self) -> bool:
+        """Whether what it can send differs from round to round."""
+        return None not in (self.upload_least, self.upload_most) and self.upload_least != self.upload_most

@@ -2,7 +2,7 @@
 
 from dfed.planner.bare import chain_costs
 from dfed.planner.costs import Costs, with_batch
-from dfed.planner.limits import ClientPlanner, learn
+from dfed.planner.limits import ClientPlanner, Limits, learn
 from dfed.planner.profile import UnitProfile, measure_units, profile_chain
 from dfed.planner.split import Split, split_chain, stage_peaks
 from dfed.planner.store import Store
@@ -12,6 +12,7 @@ __all__ = [
     "MOST_SAMPLES",
     "ClientPlanner",
     "Costs",
+    "Limits",
     "Split",
     "Store",
     "UnitProfile",

@@ -72,11 +72,6 @@ class Costs:
         self._peaks: dict[str, int] = {}
         self._flops: dict[str, list[list[float]]] = {}
 
-    @functools.cached_property
-    def full_plan(self) -> Plan:
-        """Plainly training the full model as configured."""
-        return self.strategy.full_plan()
-
     def peak_bytes(self, plan: Plan) -> int:
         """Predicted peak, in bytes, of the tensors that the plan's training holds at its full batch size."""
         plan, key = plan.without_details(), plan.cost_key()

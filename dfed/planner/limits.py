@@ -4,13 +4,43 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from functools import cached_property
 
 from dfed.fleet import Cost, DeviceProfile, client_cost
 from dfed.plan import Plan
 from dfed.planner.costs import Costs, with_batch
 
-__all__ = ["ClientPlanner", "learn"]
+__all__ = ["ClientPlanner", "Limits", "learn"]
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a round may take one client beside memory; None: as much as it takes.
+
+    Attributes:
+        time_s: Simulated seconds.
+        upload_bytes: Bytes that it can send.
+    """
+
+    time_s: float | None = None
+    upload_bytes: float | None = None
+
+    @classmethod
+    def of(cls, plain: Costs, profile: DeviceProfile, client: int, num_samples: int, *, deadline_s: float | None,
+           upload_share: float | None) -> Limits:
+        """The limits of ``client`` in one round.
+
+        Args:
+            plain: Costs of plainly training the full model, of which ``profile.time_share`` and ``upload_share`` are shares:
+                the same under every strategy.
+            deadline_s: How many simulated seconds the server waits for an answer at most.
+            upload_share: See :meth:`dfed.fleet.Fleet.upload_share`.
+        """
+        times = [] if deadline_s is None else [deadline_s]
+        plan = plain.strategy.full_plan(client)
+        if profile.time_share is not None:
+            times.append(profile.time_share * ClientPlanner(plain, profile, num_samples, {}).cost(plan).total_s)
+        upload_bytes = None if upload_share is None else upload_share * plain.message_bytes(plan)[1]
+        return cls(min(times, default=None), upload_bytes)
 
 
 @dataclass(frozen=True)
@@ -22,31 +52,14 @@ class ClientPlanner:
         profile: The client's device.
         num_samples: The client's training samples.
         infeasible: ``ServerState.infeasible``: what ran out of memory before.
-        deadline_s: How many simulated seconds the server waits for an answer at most; None: for as long as it takes. A plan
-            that is predicted to take longer does not fit. That a client may be slowed down is not part of the prediction.
-        upload_share: What the client can send in this round, as a share of the full model's bytes; None: no limit.
+        limits: A plan beyond them does not fit. That a client may be slowed down is not part of the prediction.
     """
 
     costs: Costs
     profile: DeviceProfile
     num_samples: int
     infeasible: Mapping[str, int]
-    deadline_s: float | None = None
-    upload_share: float | None = None
-
-    @cached_property
-    def time_limit_s(self) -> float | None:
-        """Simulated seconds that a round may take the client: the deadline, or its share of plainly training the full model,
-        whichever is less; None: as many as it takes."""
-        limits = [] if self.deadline_s is None else [self.deadline_s]
-        if self.profile.time_share is not None:
-            limits.append(self.profile.time_share * self.cost(self.costs.full_plan).total_s)
-        return min(limits, default=None)
-
-    @cached_property
-    def upload_limit_bytes(self) -> float | None:
-        """Bytes that the client can send in this round; None: no limit."""
-        return None if self.upload_share is None else self.upload_share * self.costs.message_bytes(self.costs.full_plan)[1]
+    limits: Limits = Limits()
 
     def cost(self, plan: Plan) -> Cost:
         """Simulated seconds and joules of a round with this plan."""
@@ -60,14 +73,14 @@ class ClientPlanner:
         return budget is not None and budget <= self.infeasible.get(plan.cost_key(), -1)
 
     def fits(self, plan: Plan, *, time_s: float | None = None, upload_bytes: float | None = None) -> bool:
-        """Whether the client can carry the plan out: in its memory, by the deadline, within its own limits, and in so many
-        simulated seconds and bytes up, if given."""
+        """Whether the client can carry the plan out: in its memory, within its limits, and in so many simulated seconds and
+        bytes up, if given."""
         if self.failed_before(plan) or not self.costs.fits(plan, self.profile.budget_bytes):
             return False
-        most_bytes = [limit for limit in (upload_bytes, self.upload_limit_bytes) if limit is not None]
+        most_bytes = [limit for limit in (upload_bytes, self.limits.upload_bytes) if limit is not None]
         if most_bytes and self.costs.message_bytes(plan)[1] > min(most_bytes):
             return False
-        limits = [limit for limit in (time_s, self.time_limit_s) if limit is not None]
+        limits = [limit for limit in (time_s, self.limits.time_s) if limit is not None]
         return not limits or self.cost(plan).total_s <= min(limits)
 
     def best(self, plans: Iterable[Plan], *, time_s: float | None = None, upload_bytes: float | None = None) -> Plan | None:

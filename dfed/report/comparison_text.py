@@ -137,10 +137,17 @@ def _fleet(results: Results) -> str:
         return "No run is finished."
     run = next(iter(results.of(results.comparison.reference)), results.finished[0])
     needed = run.summary.get("full_needed_bytes")
-    rows = [[tier["name"], f"{tier['clients']:,}", _mib(tier["budget_bytes"]), _percent(_over(tier["budget_bytes"], needed), 1)]
-            for tier in run.tiers]
+    rows = [[tier["name"], f"{tier['clients']:,}", *_budgets(tier, needed)] for tier in run.tiers]
     said = f"Training the full model needs {_mib(needed)} MiB by prediction."
     return f"{said}\n\n" + _md_table(["tier", "clients", "budget, MiB", "budget, % of the full model's need"], rows)
+
+
+def _budgets(tier: Mapping[str, Any], needed: float | None) -> tuple[str, str]:
+    """The smallest and the largest budget of a tier, if they differ, in MiB and in per cent of what full training needs."""
+    ends = list(dict.fromkeys((tier["budget_bytes"], tier.get("most_budget_bytes", tier["budget_bytes"]))))
+    words = [("no limit", "–") if end is None and len(ends) > 1 else (_mib(end), _percent(_over(end, needed), 1))
+             for end in ends]
+    return " to ".join(word for word, _ in words), " to ".join(word for _, word in words)
 
 
 def _columns(results: Results) -> list[_Column]:

@@ -14,6 +14,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 import dfed
@@ -37,7 +38,6 @@ CHECKPOINTS = "checkpoint"
 """Name of the folder, inside a run folder, that holds the checkpoints."""
 
 _LOGS = (".log", ".out", ".err")
-_TIER_SAMPLE = 1000
 _PACKAGES = ("torch", "torchvision", "numpy", "pydantic", "safetensors")
 
 
@@ -189,8 +189,9 @@ def _figures(found: Evaluation) -> dict[str, Any]:
 
 
 def _tier(job: Job, name: str, totals: Mapping[str, Any], evaluation: Evaluation | None) -> dict[str, Any]:
-    some = job.fleet.tier_clients(name, _TIER_SAMPLE)
-    budgets = {job.fleet.profile(int(client)).budget_bytes for client in some}
+    members = job.fleet.tier_clients(name, None)
+    first_of_kinds = members[np.unique(job.fleet.kinds()[members], return_index=True)[1]]
+    budgets = {job.fleet.profile(client).budget_bytes for client in first_of_kinds.tolist()}
     accuracy = None
     if evaluation is not None:
         # Lazy partitions give every client the mix of the whole set, and are not asked client by client.
@@ -203,6 +204,7 @@ def _tier(job: Job, name: str, totals: Mapping[str, Any], evaluation: Evaluation
         "clients": job.fleet.tier_size(name),
         **totals,
         "budget_bytes": min(finite) if finite else None,
+        "most_budget_bytes": None if None in budgets else max(finite),
         "accuracy": accuracy,
     }
 

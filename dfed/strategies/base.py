@@ -110,14 +110,15 @@ class Strategy(ABC):
 
     Attributes:
         keeps_state: Whether its clients remember tensors from one turn to the next; see :meth:`remember`.
-        heeds_evaluation: Whether evaluations decide what it does next; see :meth:`judged`. Needs ``metrics.split: validation``.
+        heeds_evaluation: If evaluations decide what it does next (see :meth:`judged`): after how many rounds the next one must
+            come at the latest. Needs ``metrics.split: validation``. None: they do not.
         statistics_samples: Training samples from which the running statistics of norms are worked out anew before each
             evaluation, for methods whose clients keep none; None: they are what the clients sent; 0: from all samples.
         splitting: The problem's blocks, and those of ``extras``.
     """
 
     keeps_state = False
-    heeds_evaluation = False
+    heeds_evaluation: int | None = None
     statistics_samples: int | None = None
 
     def __init__(self, problem: Problem, extras: Mapping[str, nn.Module] | None = None):
@@ -189,7 +190,8 @@ class Strategy(ABC):
     def judged(self, state: ServerState, loss: float) -> ServerState:
         """The state with which the next round starts, now that the global model was evaluated on validation data.
 
-        Called after every round divisible by ``metrics.every``, if ``heeds_evaluation``. May change the model.
+        Called after every round divisible by ``metrics.every``, if ``heeds_evaluation`` is set. May change the model, which is
+        then evaluated again.
 
         Args:
             loss: Mean cross-entropy; NaN or infinite where the model is lost.

@@ -62,7 +62,7 @@ class Progressive(Strategy):
         tail: Whether the last convolution and norm of the block before are trained too.
 
     Attributes:
-        heeds_evaluation: True with ``rollback``.
+        heeds_evaluation: As ``rollback``, with ``elastic``.
     """
 
     def __init__(self, problem: Problem, *, blocks: Splitting, schedule: Schedule, objective: str, tail: bool,
@@ -73,7 +73,7 @@ class Progressive(Strategy):
                    for number, name in enumerate(blocks.names[:-1])}
         check_names(problem.chain, [*outputs, *(extras or {})])
         super().__init__(problem, {**outputs, **(extras or {})})
-        self.heeds_evaluation = schedule.order == "elastic" and schedule.rollback is not None
+        self.heeds_evaluation = schedule.rollback if schedule.order == "elastic" else None
 
     def training_key(self) -> list[Any]:
         return ["progressive", self.blocks.blocks, self.trains_tail, self.objective]
@@ -82,7 +82,7 @@ class Progressive(Strategy):
         last = len(self.blocks.names) - 1
         shrinks = self.schedule.order == "elastic" and self.schedule.shrink_rounds > 0 and last > 0
         facts = {"stage": last if shrinks else 0, "trained": last if shrinks else 0, "movement": [],
-                 "shrunk": 0 if shrinks else None}
+                 "shrunk": 0 if shrinks else None, "best": None, "left": None}
         return replace(super().init(params), facts=facts)
 
     def plan(self, state: ServerState, candidate: Candidate) -> Plan | None:
@@ -171,19 +171,19 @@ class Progressive(Strategy):
 
     def judged(self, state: ServerState, loss: float) -> ServerState:
         facts = state.facts
-        if not self.heeds_evaluation or facts["trained"] != facts["stage"] or _shrinks(state) or not state.round_index:
+        if self.heeds_evaluation is None or facts["trained"] != facts["stage"] or _shrinks(state) or not state.round_index:
             return state  # the figures are of another stage than the one in training
-        best = facts.get("best")
-        loss = loss if math.isfinite(loss) else _NO_LOSS
-        if best is None or loss < best["loss"]:
-            train = set(self.plan_at(facts["stage"]).train)
-            kept = {_BEST + name: value for name, value in state.params.items() if name.partition(".")[0] in train}
+        best = facts["best"]
+        if math.isfinite(loss) and (best is None or loss < best["loss"]):
+            may_train = {block for plan in self.plans(facts["stage"], 0, shrinks=False) for block in plan.train}
+            kept = {_BEST + name: value for name, value in state.params.items() if name.partition(".")[0] in may_train}
             new = {"loss": loss, "round": state.round_index}
             return replace(state, tensors={**_without(state.tensors, _BEST), **kept}, facts={**facts, "best": new})
-        if state.round_index - best["round"] < (self.schedule.rollback or 0):
+        if best is None or state.round_index - best["round"] < self.heeds_evaluation:
             return state
-        kept = {name: value for name, value in state.tensors.items() if name.startswith(_BEST)}
-        state = replace(state, params={**state.params, **{name.removeprefix(_BEST): value for name, value in kept.items()}})
+        kept = {name.removeprefix(_BEST): value for name, value in state.tensors.items() if name.startswith(_BEST)}
+        slots = {name: value for name, value in state.slots.items() if name not in kept}  # they led away from these values
+        state = replace(state, params={**state.params, **kept}, slots=slots)
         logger.info("stage %d goes back to its best values, of round %d, after %d rounds without a smaller validation loss",
                     facts["stage"] + 1, best["round"], state.round_index - best["round"])
         back = {"stage": facts["stage"] + 1, "why": "rolled back", "to_round": best["round"], "movement": facts["movement"]}
@@ -196,7 +196,7 @@ class Progressive(Strategy):
 
     def note(self, state: ServerState) -> Mapping[str, Any]:
         facts = state.facts
-        left = facts.get("left") or {}
+        left = facts["left"] or {}
         series = left.get("movement", facts["movement"]) or [None]
         said = {"stage": facts["trained"] + 1, "movement": series[-1]}
         if self.schedule.order == "elastic":
@@ -213,7 +213,6 @@ class Progressive(Strategy):
 
 
 _BEST = "best/"
-_NO_LOSS = 1e300  # for what is not finite, which JSON does not have
 
 
 def _without(tensors: Mapping[str, Tensor], *prefixes: str) -> dict[str, Tensor]:

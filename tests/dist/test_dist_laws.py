@@ -13,8 +13,10 @@ PLAIN = [FEDAVG, "rounds=3"]
 OTHERS = sorted(path for path in SMOKE.glob("*.yaml") if path != FEDAVG)
 # The second stage is trained from the fourth round on, as two windows of two rounds have been measured by then.
 ELASTIC = [SMOKE / "neulite.yaml", "rounds=4",
-           "strategy={name: neulite, blocks: 2, order: elastic, window: 2, patience: 1, threshold: 10, rollback: 2}",
-           "data.validation_fraction=0.2", "metrics.split=validation"]
+           "strategy={name: neulite, blocks: 2, order: elastic, window: 2, patience: 1, threshold: 10}"]
+# The second round makes the validation loss of the first stage worse.
+ROLLED_BACK = [SMOKE / "neulite.yaml", "rounds=2", "strategy={name: neulite, blocks: 2, order: elastic, rollback: 1}",
+               "data.validation_fraction=0.2", "metrics.split=validation", "metrics.test_at_end=true"]
 VARIANTS = {
     "per_client": [*PLAIN, "exchange=per_client"],
     "predicted": [*PLAIN, "memory.enforce=predicted"],
@@ -37,7 +39,7 @@ VARIANTS = {
                 "client={batch_size: 4, learning_rate: 0.01, epochs: null, steps: 2}"],
     # Parts of tensors, and what clients remember, with each client's update by itself.
     **{f"{name}_per_client": [SMOKE / f"{name}.yaml", "exchange=per_client"] for name in ("feddropout", "depthfl")},
-    "neulite_elastic": ELASTIC,
+    "neulite_elastic": ELASTIC, "neulite_rolled_back": ROLLED_BACK,
     **{path.stem: [path] for path in OTHERS},
 }
 
@@ -168,14 +170,14 @@ def test_methods_on_depth_stay_within_the_memory_that_they_planned_for(reference
 
 def test_what_methods_on_depth_remember_survives_a_resumption(reference, tmp_path):
     runs = []
-    for name, done in (("depthfl", 1), ("progfed", 2), ("neulite_elastic", 3)):
+    for name, done in (("depthfl", 1), ("progfed", 2), ("neulite_elastic", 3), ("neulite_rolled_back", 1)):
         folder = tmp_path / name
         runs += [[*VARIANTS[name], f"rounds={done}", "--out", folder], ["--resume", folder, f"rounds={done + 1}"]]
     # After the last round of what was asked for there is an evaluation beyond those that are due: it leaves no trace.
     folder = tmp_path / "heterofl"
     runs += [[*VARIANTS["heterofl"], "rounds=1", "metrics.every=2", "--out", folder], ["--resume", folder, "rounds=2"]]
     run_several(runs, tmp_path, ranks=1)
-    for name in ("depthfl", "progfed", "neulite_elastic", "heterofl"):
+    for name in ("depthfl", "progfed", "neulite_elastic", "neulite_rolled_back", "heterofl"):
         assert summary(tmp_path / name)["params_sha256"] == summary(reference / name)["params_sha256"]
         assert comparable(tmp_path / name) == comparable(reference / name)
 
@@ -194,6 +196,13 @@ def test_a_stage_that_nobody_has_trained_is_not_evaluated(reference):
     for name, number in (("neulite_elastic", 4), ("neulite", 2)):
         senders = [row["round"] for row in rows(reference / name) if row["kind"] == "client" and row["status"] == "completed"]
         assert set(senders) == set(range(number))
+
+
+def test_a_stage_that_makes_things_worse_goes_back(reference):
+    first, second = (row for row in rows(reference / "neulite_rolled_back") if row["kind"] == "round")
+    assert second["strategy"]["left"] == {"stage": 1, "why": "rolled back", "to_round": 1}
+    assert second["loss"] == first["loss"] == summary(reference / "neulite_rolled_back")["loss"]  # of the model that came back
+    assert summary(reference / "neulite_rolled_back")["test"]["accuracy"] is not None
 
 
 def test_codecs_give_the_same_bits_fused_or_per_client(reference):

@@ -15,7 +15,7 @@ from dfed.comm import join
 from dfed.config import load_config
 from dfed.drawing import begin
 from dfed.errors import ConfigError
-from dfed.planner import ClientPlanner
+from dfed.planner import ClientPlanner, Limits
 from dfed.planner.costs import with_batch
 from dfed.rng import uniform
 from dfed.round import lead_round
@@ -105,7 +105,7 @@ def check_client(run, row, deadline):
 
 @pytest.mark.parametrize("deadline", [None, DEADLINE])
 def test_rounds_take_what_an_independent_reference_says(make, deadline):
-    run, results = make(*([] if deadline is None else [f"server.deadline={deadline}"]))
+    run, results = make(*([] if deadline is None else [f"server.deadline_s={deadline}"]))
     seen, waits = {"completed": 0, "late": 0, "dropout": 0, "predicted": 0}, set()
     for result in results:
         for row in result.clients:
@@ -148,7 +148,7 @@ def test_straggling_changes_times_only(make):
 
 def test_a_deadline_that_nobody_misses_changes_how_long_the_missing_are_waited_for_only(make):
     _, results = make()
-    _, patient = make("server.deadline=1000000")
+    _, patient = make("server.deadline_s=1000000")
     assert params_sha256(results[-1].state.params) == params_sha256(patient[-1].state.params)
     waited = set()
     for one, other in zip(results, patient, strict=True):
@@ -162,7 +162,7 @@ def test_a_deadline_that_nobody_misses_changes_how_long_the_missing_are_waited_f
 
 
 def test_late_clients_are_in_no_order_and_in_no_sum(make):
-    run, results = make(f"server.deadline={DEADLINE}")
+    run, results = make(f"server.deadline_s={DEADLINE}")
     usual, _ = make()
     assert params_sha256(results[-1].state.params) != params_sha256(make()[1][-1].state.params)
     state, late = first_state(run), 0
@@ -184,7 +184,7 @@ def test_late_clients_are_in_no_order_and_in_no_sum(make):
 
 
 def test_a_round_in_which_everybody_is_late_leaves_the_model_alone(make):
-    run, results = make("server.deadline=0.001", "memory.enforce=off")
+    run, results = make("server.deadline_s=0.001", "memory.enforce=off")
     for result in results:
         assert {row["reason"] for row in result.clients} <= {"late", "dropout"}
         assert (result.row["sim_time_s"], result.row["train_loss"]) == (0.001, None)
@@ -196,7 +196,7 @@ def test_a_refused_client_is_waited_for_no_longer_than_the_deadline(make):
     only_tiny = {"fleet.clients": 8, "fleet.tiers": "[{name: tiny, count: 8, memory: 1 MiB, down: 1e5}]"}
     overrides = [f"{name}={value}" for name, value in only_tiny.items()]
     _, plain = make("rounds=9", *overrides)
-    _, results = make("server.deadline=2.5", *overrides)
+    _, results = make("server.deadline_s=2.5", *overrides)
     for one, other in zip(plain, results, strict=True):
         assert {row["reason"] for row in other.clients} <= {"predicted"}
         assert other.row["sim_time_s"] == min(2.5, one.row["sim_time_s"])
@@ -205,8 +205,8 @@ def test_a_refused_client_is_waited_for_no_longer_than_the_deadline(make):
 
 def test_of_too_many_the_late_are_taken_away_first_and_then_the_slowest(make):
     deadline, wanted = 3 * DEADLINE, 10
-    run, results = make("sampler=oort", f"cohort={wanted}", "memory.enforce=off", "fleet.tiers.1.dropout=0.1",
-                        "fleet.tiers.2.down=1e6", f"server.deadline={deadline}")
+    run, results = make("sampler=oort", f"cohort={wanted}", "memory.enforce=off", "fleet.tiers.1.dropout=0.05",
+                        "fleet.tiers.2.down=1e6", f"server.deadline_s={deadline}")
     state, kinds = first_state(run), set()
     for result in results:
         cohort = choose_cohort(run.job, begin(run.job.sampler, state, lambda state=state: run.job.view(state)))
@@ -214,7 +214,7 @@ def test_of_too_many_the_late_are_taken_away_first_and_then_the_slowest(make):
         there = sorted(set(cohort.plans) - cohort.dropped)
         whole = {client: Reference(run, state.round_index, client).whole() for client in there}
         in_time = [client for client in there if whole[client] <= deadline]
-        in_time.sort(key=lambda client: (run.job.view(state).cost(client), client))
+        in_time.sort(key=lambda client: (whole[client], client))
         assert cohort.ranks.keys() == set(in_time[:wanted])
         assert cohort.late == set(there) - set(in_time[:wanted])
         missing = cohort.dropped | set(there) - set(in_time)
@@ -230,7 +230,7 @@ def test_of_too_many_the_late_are_taken_away_first_and_then_the_slowest(make):
 
 
 def test_who_asks_the_planner_is_told_and_who_does_not_finds_out(make):
-    asking = ("strategy=exclusivefl", "memory.enforce=off", f"server.deadline={DEADLINE}")
+    asking = ("strategy=exclusivefl", "memory.enforce=off", f"server.deadline_s={DEADLINE}")
     plain = [f"fleet.tiers.{i}.straggle=0" for i in range(3)]
     run, results = make(*asking, *plain)
     careless, found_out = make(*asking[1:], *plain)
@@ -258,7 +258,7 @@ def test_the_planner_keeps_the_deadline_beside_limits_of_the_strategy(make):
     profile, plan = run.job.fleet.profile(client), run.job.strategy.full_plan(client)
 
     def planner(deadline_s):
-        return ClientPlanner(costs, profile, 100, {}, deadline_s)
+        return ClientPlanner(costs, profile, 100, {}, Limits(deadline_s))
 
     time_s = planner(None).cost(plan).total_s
     for deadline_s, fits in ((None, True), (time_s, True), (math.nextafter(time_s, 0), False)):
@@ -277,11 +277,11 @@ def test_the_planner_keeps_the_deadline_beside_limits_of_the_strategy(make):
 
 
 @pytest.mark.parametrize(("override", "fault"), [
-    ("server.deadline=0", "`server.deadline` must be greater than 0, but is 0."),
-    ("server.deadline=-1.5", "`server.deadline` must be greater than 0, but is -1.5."),
-    ("server.deadline=.inf", "`server.deadline` must be a finite number, but is inf."),
-    ("server.deadline=soon", "`server.deadline` must be a number, but is 'soon'."),
-    ("server.deadline=true", "`server.deadline` must be a number, but is true."),
+    ("server.deadline_s=0", "`server.deadline_s` must be greater than 0, but is 0."),
+    ("server.deadline_s=-1.5", "`server.deadline_s` must be greater than 0, but is -1.5."),
+    ("server.deadline_s=.inf", "`server.deadline_s` must be a finite number, but is inf."),
+    ("server.deadline_s=soon", "`server.deadline_s` must be a number, but is 'soon'."),
+    ("server.deadline_s=true", "`server.deadline_s` must be a number, but is true."),
     ("fleet.tiers.0.straggle=1.5", "`fleet.tiers[0].straggle` must be at most 1, but is 1.5."),
     ("fleet.tiers.0.straggle=-1", "`fleet.tiers[0].straggle` must be at least 0, but is -1."),
     ("fleet.tiers.0.slowdown=0.9", "`fleet.tiers[0].slowdown` must be at least 1, but is 0.9."),
@@ -295,11 +295,11 @@ def test_settings_that_cannot_be(override, fault):
 
 def test_the_settings_are_written_and_decide():
     plain = load_config(None, base=SMALL)
-    assert plain.server.deadline is None
-    assert plain.to_dict()["server"]["deadline"] is None
-    assert load_config(None, ["server.deadline="], base=SMALL) == plain
+    assert plain.server.deadline_s is None
+    assert plain.to_dict()["server"]["deadline_s"] is None
+    assert load_config(None, ["server.deadline_s="], base=SMALL) == plain
     prints = {plain.fingerprint()}
-    for override in ("server.deadline=5", "server.deadline=5.5", "fleet.tiers.0.straggle=0.4", "fleet.tiers.0.slowdown=2"):
+    for override in ("server.deadline_s=5", "server.deadline_s=5.5", "fleet.tiers.0.straggle=0.4", "fleet.tiers.0.slowdown=2"):
         config = load_config(None, [override], base=SMALL)
         again = load_config(None, base=config.to_dict())
         assert again == config

@@ -36,6 +36,17 @@ def test_a_shipped_comparison_is_found():
     assert CONFIGS / "compare" / "fashion_mnist.yaml" in SHIPPED
 
 
+def test_what_neulite_claims_is_part_of_the_comparison():
+    """The same settings, word for word, so that the same runs serve both; the ablation's NeuLite is the claim's."""
+    runs = {name: {run.name: run.config for run in load_comparison(CONFIGS / name).runs}
+            for name in ("compare/fashion_mnist.yaml", "claims/neulite.yaml", "claims/neulite_ablation.yaml")}
+    whole, claim, ablation = runs.values()
+    assert claim.items() <= whole.items()
+    assert ablation["neulite-s0"] == claim["neulite-s0"]
+    assert all(replace(config, strategy=claim["neulite-s0"].strategy, seed=0) == claim["neulite-s0"]
+               for config in ablation.values())
+
+
 def test_entries_and_seeds_become_whole_configs(tmp_path):
     comparison = load(tmp_path, "client.learning_rate=0.5", compare={
         "strategies": ["fedavg", {"name": "fedprox", "mu": 0.5, "label": "prox-half",
@@ -105,7 +116,7 @@ def test_the_short_form(tmp_path):
     own = load(tmp_path, "rounds=7", "data.samples=32", compare=QUICK, quick=True, seeds=2, strategies=["prox", "exclusivefl"])
     assert (own.seeds, own.labels) == ((5, 6), ("prox", "exclusivefl"))
     assert own.quick.settings == {"client.batch_size": 8, "fleet.tiers.1.count": 2}
-    assert [run.config.rounds for run in own.runs[:2]] == [9, 7]  # an entry's own go before the command line's, as ever
+    assert [run.config.rounds for run in own.runs[:2]] == [7, 7]  # an entry's own rounds would make it a long form
     assert {run.config.dataset_options["samples"] for run in own.runs} == {32}
     bare = load(tmp_path, compare={"strategies": ["fedavg"], "quick": {}}, quick=True)
     assert (bare.seeds, bare.quick.settings, bare.runs[0].config) == ((5,), {}, load(tmp_path).runs[0].config)

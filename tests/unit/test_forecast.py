@@ -88,19 +88,19 @@ def test_a_plan_that_takes_longer_than_the_deadline_does_not_fit(share_in_time):
     assert (fast.able, slow.able, share.clients) == (30, 10, 1)
     assert 4 * fast.sim_time_s < slow.sim_time_s  # slowed down, the fast are still the faster ones, but that is not looked at
     deadline = slow.sim_time_s if share_in_time else float(np.nextafter(slow.sim_time_s, 0))
-    survey = Survey(prepared_for(fleet, server={"deadline": deadline}))
+    survey = Survey(prepared_for(fleet, server={"deadline_s": deadline}))
     (same, row), share = survey.under(plain)
     assert same == fast
     if share_in_time:
         assert (row, share.clients) == (slow, 1)
         assert survey.under(careful)[0][1] == slow
         return
-    why = f"the plan takes {slow.sim_time_s:g} simulated s, and `server.deadline` is {deadline:g}"
+    why = f"the plan takes {slow.sim_time_s:g} simulated s, and `server.deadline_s` is {deadline:g}"
     assert row == replace(slow, able=0, verdict="no", fits=False, smallest_bytes=None, reason=why)
     assert share.clients == share.data == 30 / 40
     assert f"slow: no budget would do: {why}" in said([same, row], share)
     (same, row), share = survey.under(careful)
     assert same == fast
     assert (row.able, row.verdict, row.sim_time_s, row.smallest_bytes, share.clients) == (0, "no", None, None, 30 / 40)
-    assert row.reason == ("the strategy has no plan for such a client, whatever its budget, that would be done within "
-                          f"`server.deadline` ({deadline:g} s)")
+    assert row.reason == ("the strategy has no plan for such a client, whatever its budget, within "
+                          f"`server.deadline_s` ({deadline:g} s)")

@@ -129,6 +129,10 @@ def test_a_strategy_that_goes_by_evaluations_needs_validation_data():
         "`metrics.split` must be 'validation' (and `data.validation_fraction` above 0) with these options of strategy 'neulite'"
     )
     ok = ["model={name: mlp, hidden: [4, 4]}", rolls_back, "metrics.split=validation", "data.validation_fraction=0.2"]
-    assert run.prepare(load_config(None, ok, base=SMALL), torch.device("cpu")).planning.strategy.heeds_evaluation
+    assert run.prepare(load_config(None, ok, base=SMALL), torch.device("cpu")).planning.strategy.heeds_evaluation == 2
+    assert _refused(*ok, "metrics.every=3") == (
+        "`metrics.every` must be at most 2 with these options of strategy 'neulite', which counts rounds between evaluations, "
+        "but is 3.")
     rotates = [ok[0], "strategy={name: neulite, rollback: 2, split: []}"]  # no stage lasts: nothing is rolled back
-    assert not run.prepare(load_config(None, rotates, base=SMALL), torch.device("cpu")).planning.strategy.heeds_evaluation
+    rotating = run.prepare(load_config(None, rotates, base=SMALL), torch.device("cpu")).planning.strategy
+    assert rotating.heeds_evaluation is None

@@ -9,7 +9,7 @@ from dfed.fleet import DeviceProfile
 from dfed.memory import CPU_OVERHEAD_BYTES, GREY_ZONE
 from dfed.models import build_chain
 from dfed.plan import Phase, Plan
-from dfed.planner import ClientPlanner, Costs, Store, learn, with_batch
+from dfed.planner import ClientPlanner, Costs, Limits, Store, learn, with_batch
 from dfed.registry import STRATEGIES
 from dfed.strategies import Problem, Strategy
 
@@ -172,19 +172,25 @@ def test_a_clients_own_limits_are_shares_of_plain_training():
     costs, full, _ = costs_of("resnet8", {}, (3, 16, 16), 10, batch_size=16)
     names = full.hold
     less = Plan(client=0, hold=full.hold, train=names[-1:], phases=full.phases)  # the same arithmetic, but a small upload
-    free = ClientPlanner(costs, profile(None), 100, {})
-    assert (free.time_limit_s, free.upload_limit_bytes) == (None, None)
-    seconds, (_, up) = free.cost(full).total_s, costs.message_bytes(full)
-    half = ClientPlanner(costs, profile(None, time_share=0.5), 100, {})
-    assert half.time_limit_s == pytest.approx(0.5 * seconds, rel=1e-12)
-    assert not half.fits(full)
-    assert ClientPlanner(costs, profile(None, time_share=1.0), 100, {}).fits(full)
-    assert ClientPlanner(costs, profile(None, time_share=1.0), 100, {}, 0.25 * seconds).time_limit_s == 0.25 * seconds
-    least = costs.message_bytes(less)[1] / up
-    for share, sends in ((1.0, [full, less]), (0.999, [less]), (least * 1.001, [less]), (least * 0.999, [])):
-        planner = ClientPlanner(costs, profile(None), 100, {}, None, share)
-        assert [plan for plan in (full, less) if planner.fits(plan)] == sends
-        assert planner.fits(less, upload_bytes=0) is False
+
+    def planner(client, deadline_s=None, upload_share=None, **device):
+        limits = Limits.of(costs, profile(None, **device), client, 100, deadline_s=deadline_s, upload_share=upload_share)
+        return ClientPlanner(costs, profile(None, **device), 100, {}, limits)
+
+    assert planner(0).limits == Limits(None, None)
+    for client in (0, 15, 105):  # the client's number is in the header: its digits count
+        mine, small = full.for_client(client), less.for_client(client)
+        seconds, (_, up) = planner(client).cost(mine).total_s, costs.message_bytes(mine)
+        half = planner(client, time_share=0.5)
+        assert half.limits.time_s == pytest.approx(0.5 * seconds, rel=1e-12)
+        assert not half.fits(mine)
+        assert planner(client, time_share=1.0).fits(mine)
+        assert planner(client, time_share=1.0, deadline_s=0.25 * seconds).limits.time_s == 0.25 * seconds
+        least = costs.message_bytes(small)[1] / up
+        for share, sends in ((1.0, [mine, small]), (0.999, [small]), (least * 1.001, [small]), (least * 0.999, [])):
+            limited = planner(client, upload_share=share)
+            assert [plan for plan in (mine, small) if limited.fits(plan)] == sends
+            assert limited.fits(small, upload_bytes=0) is False
 
 
 def test_what_ran_out_of_memory_is_not_tried_again():

@@ -65,7 +65,7 @@ def test_shrinking_trains_its_block_and_output_only():
 def test_a_stage_that_makes_things_worse_is_rolled_back():
     small = Small("neulite", split=CUTS, order="elastic", rollback=3, threshold=1e-9)
     strategy = small.strategy
-    assert strategy.heeds_evaluation
+    assert strategy.heeds_evaluation == 3
     state, history = strategy.init(small.values), []
     losses = [1.0, 0.8, 0.9, math.nan, 0.85, 0.7]
     for loss in losses:
@@ -86,6 +86,32 @@ def test_a_stage_that_makes_things_worse_is_rolled_back():
     assert {name.split("/")[1].partition(".")[0] for name in kept} == {"conv0", "conv1", "output_b1"}
     # What a resumed run would have: JSON facts and float32 tensors, of a stage's size and no more.
     assert all(tensor.dtype == torch.float32 for tensor in history[5].tensors.values())
+
+
+def test_what_an_elastic_tail_trained_comes_back_too():
+    """Clients with more memory train more of the block before than the plan without any of it."""
+    small = Small("neulite", "resnet8", {"width": 4}, shape=(3, 8, 8), split=["layer1_0", "layer2_0"], tail="elastic",
+                  order="elastic", rollback=1)
+    strategy = small.strategy
+    state = strategy.init(small.values)
+    state = replace(state, facts={**state.facts, "stage": 1, "trained": 1}, slots={"stem.conv.weight": {"momentum": 1},
+                                                                                  "layer3_0.conv1.weight": {"momentum": 2}})
+    best = strategy.judged(after_round(strategy, state, 1e-2, ("stem", "layer1_0", "layer2_0", "output_b1")), 0.5)
+    bad = after_round(strategy, best, 1e-2, ("stem", "layer1_0", "layer2_0", "output_b1"))
+    worse = strategy.judged(bad, 0.6)
+    for name, value in best.params.items():
+        assert torch.equal(worse.params[name], value), name
+    assert worse.facts["stage"] == 2
+    assert worse.slots == {"layer3_0.conv1.weight": {"momentum": 2}}  # the others led to what was given up
+
+
+def test_a_loss_that_is_not_finite_is_no_best():
+    strategy = (small := Small("neulite", split=CUTS, order="elastic", rollback=1)).strategy
+    state = strategy.init(small.values)
+    for _ in range(3):
+        state = strategy.judged(after_round(strategy, state, 1e-2, ("conv0",)), math.nan)
+        assert (state.facts["best"], state.facts["stage"]) == (None, 0)
+    assert strategy.judged(after_round(strategy, state), 0.5).facts["best"] == {"loss": 0.5, "round": 4}
 
 
 def test_the_last_stage_goes_back_and_goes_on():
@@ -112,7 +138,7 @@ def test_figures_of_another_stage_count_for_nothing():
     assert states[2].facts["stage"] == 1  # settled: the figures are of the stage that it left
     assert states[2].facts["best"] is None
     without = Small("neulite", split=CUTS, order="rotate", rollback=1).strategy
-    assert not without.heeds_evaluation
+    assert without.heeds_evaluation is None
     assert without.judged(state, 9.0) is state
 
 
