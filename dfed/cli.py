@@ -158,6 +158,7 @@ def _run(words: list[str], options: argparse.Namespace) -> int:
     from dfed.checkpoint import latest
     from dfed.comm import choose_device
     from dfed.config import load_config
+    from dfed.differences import check_same_bits
     from dfed.leader import execute
     from dfed.report.folder import CHECKPOINTS, RunFolder
 
@@ -186,9 +187,14 @@ def _run(words: list[str], options: argparse.Namespace) -> int:
     if int(os.environ.get("RANK", "0")) == 0:
         if resume is not None:
             # Before anything is written: a checkpoint of another config is refused, and its folder stays as it is.
-            state = latest(resume / CHECKPOINTS, config.fingerprint(choose_device(config.backend).type))
+            device = choose_device(config.backend).type
+            check_same_bits(load_config(resume / "config.yaml"), config, device)
+            state = latest(resume / CHECKPOINTS, config.fingerprint(device))
             if state is None:
                 logger.warning("%s holds no checkpoint yet: starting from round 0", resume)
+            elif state.round_index > config.rounds:
+                message = f"must be at least {state.round_index}, as so many are done in {resume}, but is {config.rounds}."
+                raise ConfigError([Fault("rounds", message)])
         folder = RunFolder(out)
         if resume is None:
             folder.check_new()

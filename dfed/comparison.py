@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -21,15 +21,14 @@ from dfed.compare_settings import (
     overlap,
 )
 from dfed.config import Config, load_config
+from dfed.differences import differences
 from dfed.errors import ConfigError, Fault
-from dfed.faults import shown
 from dfed.yaml_io import apply_override, read_yaml, set_value
 
 __all__ = ["Comparison", "PlannedRun", "check_folder", "load_comparison", "progress_of"]
 
 _OWN = ("runs", "configs", "comparison", "comparison_mean")
 _LOGS = (".log", ".out", ".err")
-_ABSENT = object()
 
 Progress = Literal["new", "unfinished", "finished"]
 
@@ -241,27 +240,11 @@ def check_folder(folder: Path, comparison: Comparison) -> None:
 def _difference(path: Path, config: Config) -> tuple[str, str, str] | None:
     """The first setting that a config file has otherwise: its name, the value there, and the value here."""
     try:
-        there, here = dict(_flat(load_config(path).to_dict())), dict(_flat(config.to_dict()))
+        there = load_config(path)
     except ConfigError as error:
         message = f"must be a folder whose runs can be gone on with, but in {path} {error.faults[0]}"
         raise ConfigError([Fault("--out", message)]) from error
-    for name in [*here, *there]:
-        old, new = there.get(name, _ABSENT), here.get(name, _ABSENT)
-        if old != new or type(old) is not type(new):
-            return name, *("not set" if value is _ABSENT else shown(value) for value in (old, new))  # type: ignore[return-value]
-    return None
-
-
-def _flat(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
-    """All single values, by their dotted names; empty groups and lists are values."""
-    if isinstance(value, Mapping) and value:
-        for key, part in value.items():
-            yield from _flat(part, f"{name}.{key}" if name else str(key))
-    elif isinstance(value, list) and value:
-        for number, part in enumerate(value):
-            yield from _flat(part, f"{name}[{number}]")
-    else:
-        yield name, value
+    return next(differences(there, config), None)
 
 
 def progress_of(folder: Path) -> Progress:

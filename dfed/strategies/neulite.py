@@ -29,6 +29,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from dfed.blocks.hsic import centred_kernel, nhsic
+from dfed.errors import ConfigError, Fault
 from dfed.models import Chain
 from dfed.models.layers import Count
 from dfed.plan import Phase, Plan
@@ -73,6 +74,10 @@ class NeuLite(Progressive):
         criterion: Literal["slope", "level"] = "slope", shrink_rounds: Annotated[int, Field(ge=0)] = 0,
         rollback: Count | None = None,
     ):
+        if order == "rotate" and (rollback is not None or shrink_rounds):
+            name, wanted = ("rollback", "null") if rollback is not None else ("shrink_rounds", "0")
+            message = f"must be {wanted} with `order: rotate`, in which no stage lasts, but is {rollback or shrink_rounds}."
+            raise ConfigError([Fault(name, message)])
         found, pace = blocks_of(problem, split, blocks), Pace(window=window, threshold=threshold, patience=patience,
                                                               criterion=criterion)
         mentors: dict[str, nn.Module] = {}

@@ -43,7 +43,7 @@ class Schedule:
         pace: With ``elastic``: when a block has settled.
         shrink_rounds: With ``elastic``: rounds of each stage of the way from the last block to the second; 0: none.
         rollback: With ``elastic``: after so many rounds without a smaller validation loss a stage takes back its best values,
-            and the next one begins; None: never.
+            and the next one begins; None: never. Rounds that no client completed do not count.
     """
 
     order: Literal["rotate", "elastic"]
@@ -79,6 +79,8 @@ class Progressive(Strategy):
         return ["progressive", self.blocks.blocks, self.trains_tail, self.objective]
 
     def init(self, params: Mapping[str, Tensor]) -> ServerState:
+        ends = ", ".join(units[-1] for units in self.blocks.blocks.values())
+        logger.info("the model has %d blocks, which end with the units %s", len(self.blocks.names), ends)
         last = len(self.blocks.names) - 1
         shrinks = self.schedule.order == "elastic" and self.schedule.shrink_rounds > 0 and last > 0
         facts = {"stage": last if shrinks else 0, "trained": last if shrinks else 0, "movement": [],
@@ -140,6 +142,8 @@ class Progressive(Strategy):
     def advance(self, old: ServerState, new: ServerState, metrics: Mapping[str, Any]) -> ServerState:
         number = old.facts["stage"]
         facts = {**new.facts, "trained": number if metrics["senders"] else old.facts["trained"], "left": None}
+        if facts["best"] is not None and metrics["senders"]:
+            facts["best"] = {**facts["best"], "since": facts["best"]["since"] + 1}
         if self.schedule.order == "rotate":
             return replace(new, facts={**facts, "stage": (number + 1) % len(self.blocks.names)})
         if _shrinks(old):
@@ -177,20 +181,20 @@ class Progressive(Strategy):
         if math.isfinite(loss) and (best is None or loss < best["loss"]):
             may_train = {block for plan in self.plans(facts["stage"], 0, shrinks=False) for block in plan.train}
             kept = {_BEST + name: value for name, value in state.params.items() if name.partition(".")[0] in may_train}
-            new = {"loss": loss, "round": state.round_index}
+            new = {"loss": loss, "round": state.round_index, "since": 0}
             return replace(state, tensors={**_without(state.tensors, _BEST), **kept}, facts={**facts, "best": new})
-        if best is None or state.round_index - best["round"] < self.heeds_evaluation:
+        if best is None or best["since"] < self.heeds_evaluation:
             return state
         kept = {name.removeprefix(_BEST): value for name, value in state.tensors.items() if name.startswith(_BEST)}
         slots = {name: value for name, value in state.slots.items() if name not in kept}  # they led away from these values
         state = replace(state, params={**state.params, **kept}, slots=slots)
         logger.info("stage %d goes back to its best values, of round %d, after %d rounds without a smaller validation loss",
-                    facts["stage"] + 1, best["round"], state.round_index - best["round"])
+                    facts["stage"] + 1, best["round"], best["since"])
         back = {"stage": facts["stage"] + 1, "why": "rolled back", "to_round": best["round"], "movement": facts["movement"]}
         if facts["stage"] + 1 < len(self.blocks.names):
             state = self._next_stage(state, "rolled back")
             return replace(state, facts={**state.facts, "left": back})
-        again = {**best, "round": state.round_index}
+        again = {**best, "round": state.round_index, "since": 0}
         return replace(state, tensors=_without(state.tensors, "movement"),
                        facts={**facts, "movement": [], "best": again, "left": back})
 

@@ -133,6 +133,5 @@ def test_a_strategy_that_goes_by_evaluations_needs_validation_data():
     assert _refused(*ok, "metrics.every=3") == (
         "`metrics.every` must be at most 2 with these options of strategy 'neulite', which counts rounds between evaluations, "
         "but is 3.")
-    rotates = [ok[0], "strategy={name: neulite, rollback: 2, split: []}"]  # no stage lasts: nothing is rolled back
-    rotating = run.prepare(load_config(None, rotates, base=SMALL), torch.device("cpu")).planning.strategy
-    assert rotating.heeds_evaluation is None
+    rotates = _refused(ok[0], "strategy={name: neulite, rollback: 2, split: []}")  # no stage lasts: nothing can be rolled back
+    assert rotates == "`strategy.rollback` must be null with `order: rotate`, in which no stage lasts, but is 2."

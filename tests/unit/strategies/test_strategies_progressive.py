@@ -7,6 +7,7 @@ import pytest
 import torch
 from depth_problem import Small, data
 
+from dfed.errors import ConfigError
 from dfed.registry import STRATEGIES
 from dfed.settings import settings_of
 
@@ -81,7 +82,7 @@ def test_a_stage_that_makes_things_worse_is_rolled_back():
     assert strategy.note(back)["left"] == {"stage": 1, "why": "rolled back", "to_round": 2}
     assert back.tensors == {}
     assert "left" not in strategy.note(history[5])
-    assert history[5].facts["best"] == {"loss": 0.7, "round": 6}
+    assert history[5].facts["best"] == {"loss": 0.7, "round": 6, "since": 0}
     kept = {name for name in history[5].tensors if name.startswith("best/")}
     assert {name.split("/")[1].partition(".")[0] for name in kept} == {"conv0", "conv1", "output_b1"}
     # What a resumed run would have: JSON facts and float32 tensors, of a stage's size and no more.
@@ -111,7 +112,7 @@ def test_a_loss_that_is_not_finite_is_no_best():
     for _ in range(3):
         state = strategy.judged(after_round(strategy, state, 1e-2, ("conv0",)), math.nan)
         assert (state.facts["best"], state.facts["stage"]) == (None, 0)
-    assert strategy.judged(after_round(strategy, state), 0.5).facts["best"] == {"loss": 0.5, "round": 4}
+    assert strategy.judged(after_round(strategy, state), 0.5).facts["best"] == {"loss": 0.5, "round": 4, "since": 0}
 
 
 def test_the_last_stage_goes_back_and_goes_on():
@@ -128,6 +129,18 @@ def test_the_last_stage_goes_back_and_goes_on():
     assert strategy.note(worse)["left"]["to_round"] == best.round_index
 
 
+def test_rounds_in_which_nobody_trained_do_not_count():
+    strategy = Small("neulite", split=CUTS, order="elastic", rollback=2).strategy
+    state = strategy.judged(after_round(strategy, strategy.init(Small("neulite", split=CUTS).values), 1e-2, ("conv0",)), 0.5)
+    for _ in range(5):
+        state = strategy.advance(state, replace(state, round_index=state.round_index + 1), {"senders": {}})
+        state = strategy.judged(state, 0.5)
+    assert (state.facts["stage"], state.facts["best"]["since"]) == (0, 0)
+    for stage in (0, 1):
+        state = strategy.judged(after_round(strategy, state, 1e-2, ("conv0",)), 0.6)
+        assert state.facts["stage"] == stage
+
+
 def test_figures_of_another_stage_count_for_nothing():
     small = Small("neulite", split=CUTS, order="elastic", rollback=1, window=2, patience=1, threshold=0.5)
     strategy, states = small.strategy, []
@@ -137,7 +150,10 @@ def test_figures_of_another_stage_count_for_nothing():
         states.append(state)
     assert states[2].facts["stage"] == 1  # settled: the figures are of the stage that it left
     assert states[2].facts["best"] is None
-    without = Small("neulite", split=CUTS, order="rotate", rollback=1).strategy
+    without = Small("neulite", split=CUTS, order="rotate").strategy
+    for options in ({"rollback": 1}, {"shrink_rounds": 2}):
+        with pytest.raises(ConfigError, match=f"{next(iter(options))}.*must be .* with `order: rotate`"):
+            Small("neulite", split=CUTS, order="rotate", **options)
     assert without.heeds_evaluation is None
     assert without.judged(state, 9.0) is state
 
