@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-from dfed.cohort import Cohort, Job, choose_cohort, client_rows, encode_order, round_row
+from dfed.cohort import Cohort, Job, choose_cohort, encode_order
 from dfed.comm import Message, Transport, wire
 from dfed.comm.partial_sums import PartialSums
 from dfed.drawing import advance, begin
@@ -18,6 +18,7 @@ from dfed.errors import ExchangeFailed, RankLost, SumsLost, TooManyFailures, Upd
 from dfed.plan import Plan
 from dfed.planner import learn
 from dfed.registry import calling
+from dfed.round_rows import client_rows, round_row
 from dfed.server import Contribution, aggregate
 from dfed.state import ServerState, as_saved
 
