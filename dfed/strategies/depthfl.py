@@ -112,6 +112,8 @@ class DepthFL(Strategy):
         return {**client_state, **gradients}  # type: ignore[dict-item]
 
     def advance(self, old: ServerState, new: ServerState, metrics: Mapping[str, Any]) -> ServerState:
+        reached = [depth for depth in range(1, len(self.stops) + 1) if metrics["senders"].get(self._last_block(depth))]
+        new = replace(new, facts={**new.facts, "deepest": max([*reached, old.facts.get("deepest", 0)])})
         if not self.alpha:
             return new
         params, tensors = dict(new.params), dict(new.tensors)
@@ -123,8 +125,12 @@ class DepthFL(Strategy):
                 tensors[name], params[name] = h, params[name] - h / self.alpha
         return replace(new, params=params, tensors=tensors)
 
+    def _last_block(self, depth: int) -> str:
+        """The block that clients of this depth and deeper ones train, and no others."""
+        return f"exit{depth}" if depth < len(self.stops) else self.problem.chain.unit_names[-1]
+
     def evaluated(self, state: ServerState) -> Plan:
-        return self.plan_at(len(self.stops))
+        return self.plan_at(state.facts.get("deepest") or len(self.stops))
 
     def variants(self, state: ServerState) -> Mapping[str, Plan]:
         return {f"exit{depth}": self.plan_at(depth, alone=True) for depth in range(1, len(self.stops) + 1)}

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -171,7 +172,19 @@ def test_feddyn_on_the_server():
     sent = {name for name in small.values if name.split(".")[0] in ("conv0", "exit1", "conv1", "exit2")}
     assert set(old.tensors) == {name for name in sent if "running" not in name}
     without = Small("depthfl", alpha=0.0).strategy
-    assert without.advance(old, new, {"senders": {"conv0": 1}}) is new
+    assert replace(without.advance(old, new, {"senders": {"conv0": 1}}), facts=new.facts) == new
+
+
+def test_exits_that_nobody_has_trained_have_no_say():
+    """Where no client holds the deepest prefix, its classifier is as it was drawn."""
+    strategy = Small("depthfl", alpha=0.0).strategy
+    state, deepest = STATE, []
+    for senders in ({}, {"conv0": 2, "exit1": 2}, {"conv0": 2, "exit1": 2, "conv1": 1, "exit2": 1}, {"exit1": 1},
+                    {"exit1": 1, "exit2": 1, "exit3": 1, "head": 1}):
+        state = strategy.advance(state, replace(state, round_index=state.round_index + 1), {"senders": senders})
+        deepest.append(strategy.evaluated(state).options["depth"])
+    assert deepest == [4, 1, 2, 2, 4]
+    assert list(strategy.variants(state)) == ["exit1", "exit2", "exit3", "exit4"]
 
 
 def test_a_first_turn_needs_what_later_ones_need():
