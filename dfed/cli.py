@@ -7,6 +7,7 @@ wrong; 143 stopped by SIGTERM after a checkpoint (``compare`` also 130, by SIGIN
 from __future__ import annotations
 
 import argparse
+import contextlib
 import logging
 import os
 import sys
@@ -187,8 +188,11 @@ def _run(words: list[str], options: argparse.Namespace) -> int:
     if int(os.environ.get("RANK", "0")) == 0:
         if resume is not None:
             # Before anything is written: a checkpoint of another config is refused, and its folder stays as it is.
-            device = choose_device(config.backend).type
-            check_same_bits(load_config(resume / "config.yaml"), config, device)
+            device, begun = choose_device(config.backend).type, None
+            with contextlib.suppress(ConfigError):  # a damaged file says nothing: the checkpoint knows its own config
+                begun = load_config(resume / "config.yaml")
+            if begun is not None:
+                check_same_bits(begun, config, device)
             state = latest(resume / CHECKPOINTS, config.fingerprint(device))
             if state is None:
                 logger.warning("%s holds no checkpoint yet: starting from round 0", resume)
