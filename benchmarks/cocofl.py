@@ -99,6 +99,7 @@ class Bench:
     def _model(self, plan: Plan, frozen: str) -> Any:
         skeleton = Skeleton(self.strategies[frozen].build(plan))
         skeleton.load(self.values, torch.device("cpu"))
+        skeleton.model.set_generator(rng.torch_generator(0, "layers"))
         for name, child in skeleton.model.named_children():
             child.train(name in plan.train)
         return skeleton.model
