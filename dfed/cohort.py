@@ -133,7 +133,8 @@ def choose_cohort(job: Job, state: ServerState) -> Cohort:
     dropped = frozenset(client for client in chosen if job.fleet.drops_out(client, round_index))
     refused = frozenset(c for c in chosen if c not in dropped and _is_over_budget(job, c, plans[c]))
     present = [c for c in chosen if c not in dropped | refused]
-    times = {c: _time(job, c, plans[c], round_index) for c in present}
+    some_go = job.deadline_s is not None or len(present) > job.cohort
+    times = {c: _time(job, c, plans[c], round_index) for c in present} if some_go else {}
     too_slow = frozenset(c for c in present if job.deadline_s is not None and times[c] > job.deadline_s)
     present = [c for c in present if c not in too_slow]
     if len(present) > job.cohort:

@@ -59,8 +59,8 @@ class StatefulSampler(ABC):
     def cohort(self, state: Mapping[str, Any], view: View, *, size: int, admit: Callable[[int], bool]) -> list[int]:
         """Distinct clients that ``admit`` accepts, ``size`` or more if there are so many.
 
-        If more are drawn than ``size``, besides those that vanish during the round, the server waits for the ``size`` that are
-        predicted to finish first; the others train in vain.
+        If more are drawn than ``size``, besides those that vanish during the round, the server waits for the ``size`` that
+        finish first; the others train in vain.
 
         Args:
             size: Clients wanted, at least 1.

@@ -54,11 +54,13 @@ class CoCoFL(Strategy):
         return ["cocofl", self.frozen]
 
     def plan(self, state: ServerState, candidate: Candidate) -> Plan | None:
-        ranges = maximal_ranges(len(self.problem.chain), lambda i, j: candidate.planner.fits(self.plans[i, j]))
+        client = candidate.client
+        ranges = maximal_ranges(len(self.problem.chain),
+                                lambda i, j: candidate.planner.fits(self.plans[i, j].for_client(client)))
         if not ranges:
             return None
-        generator = rng.numpy_generator(self.problem.seed, "cocofl", candidate.round_index, candidate.client)
-        return self.plans[ranges[int(generator.integers(len(ranges)))]].for_client(candidate.client)
+        generator = rng.numpy_generator(self.problem.seed, "cocofl", candidate.round_index, client)
+        return self.plans[ranges[int(generator.integers(len(ranges)))]].for_client(client)
 
     def _plan_of(self, first: int, last: int) -> Plan:
         """Training of the units from ``first`` to ``last``, both included."""

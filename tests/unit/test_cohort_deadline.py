@@ -7,11 +7,10 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-import torch
+from run_problem import assembled
 
 from dfed.checkpoint import params_sha256
 from dfed.cohort import choose_cohort, encode_order
-from dfed.comm import join
 from dfed.config import load_config
 from dfed.drawing import begin
 from dfed.errors import ConfigError
@@ -19,7 +18,6 @@ from dfed.planner import ClientPlanner, Limits
 from dfed.planner.costs import with_batch
 from dfed.rng import uniform
 from dfed.round import lead_round
-from dfed.run import StopFlag, assemble, prepare
 
 SMALL = {
     "rounds": 8,
@@ -46,11 +44,7 @@ def make():
 
     def made(*overrides):
         if overrides not in found:
-            config = load_config(None, overrides, base=SMALL)
-            device = torch.device("cpu")
-            run = assemble(prepare(config, device), join(config.backend, device), StopFlag())
-            state = run.job.strategy.init(run.planning.first_params(config.seed))
-            results = []
+            (run, state), results = assembled(SMALL, overrides), []
             for _ in range(ROUNDS):
                 results.append(lead_round(run.job, state))
                 state = results[-1].state

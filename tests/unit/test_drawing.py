@@ -10,17 +10,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
+from run_problem import assembled
 
 from dfed.cohort import choose_cohort
-from dfed.comm import join
-from dfed.config import load_config
 from dfed.drawing import begin
 from dfed.evaluation import evaluate
 from dfed.fleet import client_cost
 from dfed.plan import Plan
 from dfed.round import lead_round
-from dfed.run import StopFlag, assemble, prepare
 from dfed.server import StatefulSampler
 
 SMALL = {
@@ -48,10 +45,7 @@ def make():
 
     def made(*overrides):
         if overrides not in found:
-            config = load_config(None, overrides, base=SMALL)
-            device = torch.device("cpu")
-            run = assemble(prepare(config, device), join(config.backend, device), StopFlag())
-            found[overrides] = run, run.job.strategy.init(run.planning.first_params(config.seed))
+            found[overrides] = assembled(SMALL, overrides)
         return found[overrides]
 
     return made
