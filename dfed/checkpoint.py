@@ -14,9 +14,10 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import torch
 from pydantic import Field
@@ -28,12 +29,23 @@ from dfed.errors import CheckpointError
 from dfed.settings import Settings
 from dfed.state import ServerState
 
-__all__ = ["CheckpointSettings", "client_versions", "latest", "params_sha256", "save"]
+__all__ = ["CheckpointSettings", "Saved", "client_versions", "latest", "latest_saved", "params_sha256", "save", "save_tensors"]
 
 logger = logging.getLogger(__name__)
 
+Made = TypeVar("Made")
+
 _FORMAT = 4
-_NAME = re.compile(r"round_(\d{6,})")
+_ROUND = "round"  # what checkpoints of a run are called after
+_CHECKED = ("format", "fingerprint", "sha256", "tensors_sha256")
+
+
+@dataclass(frozen=True)
+class Saved:
+    """What a checkpoint holds: tensors by name, in the file's own order, and JSON values."""
+
+    header: Mapping[str, Any]
+    tensors: dict[str, Tensor]
 
 
 class CheckpointSettings(Settings):
@@ -59,9 +71,7 @@ def params_sha256(params: Mapping[str, Tensor]) -> str:
 
 
 def save(folder: Path, state: ServerState, fingerprint: str, keep: int) -> Path:
-    """Write ``state`` into ``folder`` (made if need be), then remove all but the newest ``keep`` checkpoints.
-
-    Checkpoints of later rounds go too: the run was resumed before them, so they were damaged.
+    """Write ``state`` into ``folder``; see :func:`save_tensors`.
 
     Args:
         fingerprint: Identifies the configuration; a checkpoint is only read back under the same one.
@@ -69,30 +79,44 @@ def save(folder: Path, state: ServerState, fingerprint: str, keep: int) -> Path:
     Raises:
         CheckpointError: If the disk refuses it; what was written before is left as it is.
     """
-    name = f"round_{state.round_index:06d}"
+    tensors = {f"params/{key}": value for key, value in state.params.items()}
+    for key, slots in state.slots.items():
+        tensors |= {f"slots/{slot}/{key}": value for slot, value in slots.items()}
+    tensors |= {f"tensors/{key}": value for key, value in state.tensors.items()}
+    tensors["clients"] = torch.tensor(sorted(state.clients.items()), dtype=torch.int64).view(-1, 2)
+    header = {
+        "round_index": state.round_index,
+        "facts": state.facts,
+        "sampler": state.sampler,
+        "totals": state.totals,
+        "infeasible": state.infeasible,
+        "params": list(state.params),
+    }
+    return save_tensors(folder, _ROUND, state.round_index, Saved(header, tensors), fingerprint, keep)
+
+
+def save_tensors(folder: Path, kind: str, number: int, saved: Saved, fingerprint: str, keep: int) -> Path:
+    """Write the checkpoint ``<kind>_<number>`` into ``folder`` (made if need be), then remove all but the newest ``keep``.
+
+    Checkpoints of larger numbers go too: training was resumed before them, so they were damaged.
+
+    Args:
+        kind: A word, the same for all checkpoints in the folder.
+        fingerprint: As for :func:`save`.
+
+    Raises:
+        CheckpointError: If the disk refuses it; what was written before is left as it is.
+    """
+    name = f"{kind}_{number:06d}"
     partial, replaced = folder / f".{name}.partial", folder / f".{name}.replaced"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for stale in (*folder.glob(".round_*.partial"), *folder.glob(".round_*.replaced")):
+        for stale in (*folder.glob(f".{kind}_*.partial"), *folder.glob(f".{kind}_*.replaced")):
             shutil.rmtree(stale, ignore_errors=True)
         partial.mkdir()
-        tensors = {f"params/{key}": value for key, value in state.params.items()}
-        for key, slots in state.slots.items():
-            tensors |= {f"slots/{slot}/{key}": value for slot, value in slots.items()}
-        tensors |= {f"tensors/{key}": value for key, value in state.tensors.items()}
-        tensors["clients"] = torch.tensor(sorted(state.clients.items()), dtype=torch.int64).view(-1, 2)
-        save_file(_apart(tensors), partial / "state.safetensors")
-        header = {
-            "format": _FORMAT,
-            "fingerprint": fingerprint,
-            "round_index": state.round_index,
-            "facts": state.facts,
-            "sampler": state.sampler,
-            "totals": state.totals,
-            "infeasible": state.infeasible,
-            "params": list(state.params),
-            "tensors_sha256": _file_sha256(partial / "state.safetensors"),
-        }
+        save_file(_apart(saved.tensors), partial / "state.safetensors")
+        header = {"format": _FORMAT, "fingerprint": fingerprint, **saved.header,
+                  "tensors_sha256": _file_sha256(partial / "state.safetensors")}
         header["sha256"] = _header_sha256(header)
         (partial / "state.json").write_text(json.dumps(header, indent=1), encoding="utf-8")
         for path in (partial / "state.safetensors", partial / "state.json", partial):
@@ -108,7 +132,7 @@ def save(folder: Path, state: ServerState, fingerprint: str, keep: int) -> Path:
         shutil.rmtree(partial, ignore_errors=True)
         raise CheckpointError(f"cannot write a checkpoint to {folder}: {error}") from error
     shutil.rmtree(replaced, ignore_errors=True)
-    _prune(folder, state.round_index, keep)
+    _prune(folder, kind, number, keep)
     return folder / name
 
 
@@ -124,9 +148,9 @@ def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return separate
 
 
-def _prune(folder: Path, newest: int, keep: int) -> None:
-    numbered = _numbered(folder)
-    kept = [path for round_index, path in numbered if round_index <= newest][:keep]
+def _prune(folder: Path, kind: str, newest: int, keep: int) -> None:
+    numbered = _numbered(folder, kind)
+    kept = [path for number, path in numbered if number <= newest][:keep]
     for _, path in numbered:
         if path not in kept:
             try:
@@ -136,15 +160,24 @@ def _prune(folder: Path, newest: int, keep: int) -> None:
 
 
 def latest(folder: Path, fingerprint: str) -> ServerState | None:
-    """The newest checkpoint in ``folder`` that is whole; None if there is none at all.
+    """The newest checkpoint of a run in ``folder`` that is whole; None if there is none at all.
 
     Raises:
         CheckpointError: If there are checkpoints and none is whole, or the newest whole one is of another configuration.
     """
+    return latest_saved(folder, _ROUND, fingerprint, _server_state)
+
+
+def latest_saved(folder: Path, kind: str, fingerprint: str, made_of: Callable[[Saved], Made]) -> Made | None:
+    """As :func:`latest`, for what :func:`save_tensors` wrote.
+
+    Args:
+        made_of: Makes of a checkpoint what it stands for; what it raises of a ``KeyError`` or the like means damage.
+    """
     problems = []
-    for _, path in _numbered(folder):
+    for _, path in _numbered(folder, kind):
         try:
-            return _read(path, fingerprint)
+            return _read(path, fingerprint, made_of)
         except _Damaged as error:
             problems.append(f"{path.name}: {error}")
             logger.warning("checkpoint %s is damaged (%s); trying the one before", path, error)
@@ -157,7 +190,7 @@ class _Damaged(Exception):
     """A checkpoint that is not whole."""
 
 
-def _read(path: Path, fingerprint: str) -> ServerState:
+def _read(path: Path, fingerprint: str, made_of: Callable[[Saved], Made]) -> Made:
     try:
         header: dict[str, Any] = json.loads((path / "state.json").read_text(encoding="utf-8"))
         if header["format"] != _FORMAT:
@@ -167,14 +200,20 @@ def _read(path: Path, fingerprint: str) -> ServerState:
         if _file_sha256(path / "state.safetensors") != header["tensors_sha256"]:
             raise _Damaged("the tensors' checksum differs")
         tensors = load_file(path / "state.safetensors")
-        saved = header["fingerprint"]
-        plain = {key: header[key] for key in ("round_index", "facts", "sampler", "totals", "infeasible")}
-        clients = dict(tensors.pop("clients").tolist())
-        params = {name: tensors[f"params/{name}"] for name in header["params"]}  # the file has an order of its own
+        written_under = header["fingerprint"]
+        made = made_of(Saved({key: value for key, value in header.items() if key not in _CHECKED}, tensors))
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise _Damaged(f"{type(error).__name__}: {error}") from error
-    if saved != fingerprint:
+    if written_under != fingerprint:
         raise CheckpointError(f"{path} was written by another configuration (or device): resume with its folder's own config.")
+    return made
+
+
+def _server_state(saved: Saved) -> ServerState:
+    header, tensors = saved.header, dict(saved.tensors)
+    plain = {key: header[key] for key in ("round_index", "facts", "sampler", "totals", "infeasible")}
+    clients = dict(tensors.pop("clients").tolist())
+    params = {name: tensors[f"params/{name}"] for name in header["params"]}  # the file has an order of its own
     slots: dict[str, dict[str, Tensor]] = {}
     own: dict[str, Tensor] = {}
     for key, value in tensors.items():
@@ -190,17 +229,18 @@ def _read(path: Path, fingerprint: str) -> ServerState:
 def client_versions(folder: Path) -> list[dict[int, int]]:
     """Of every checkpoint in ``folder``: the clients' states that it refers to. What cannot be read refers to none."""
     found = []
-    for _, path in _numbered(folder):
+    for _, path in _numbered(folder, _ROUND):
         with contextlib.suppress(OSError, SafetensorError), safe_open(path / "state.safetensors", framework="pt") as file:
             found.append(dict(file.get_tensor("clients").tolist()))
     return found
 
 
-def _numbered(folder: Path) -> list[tuple[int, Path]]:
-    """Checkpoint folders with their rounds, newest first."""
+def _numbered(folder: Path, kind: str) -> list[tuple[int, Path]]:
+    """Checkpoint folders of this kind with their numbers, newest first."""
     if not folder.is_dir():
         return []
-    found = [(int(match.group(1)), path) for path in folder.iterdir() if (match := _NAME.fullmatch(path.name))]
+    name = re.compile(rf"{kind}_(\d{{6,}})")
+    found = [(int(match.group(1)), path) for path in folder.iterdir() if (match := name.fullmatch(path.name))]
     return sorted(found, reverse=True)
 
 

@@ -1,4 +1,4 @@
-"""The command line: ``dfed run``, ``dfed plan``, ``dfed compare`` and ``dfed list``.
+"""The command line: ``dfed run``, ``dfed train``, ``dfed plan``, ``dfed compare``, ``dfed export`` and ``dfed list``.
 
 Exit status: 0 done; 1 the run failed, or the output of a command cannot be written; 2 the config or the command line is
 wrong; 143 stopped by SIGTERM after a checkpoint (``compare`` also 130, by SIGINT).
@@ -32,7 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     parser = _parser()
     options, rest = parser.parse_known_args(arguments)
-    unknown = [word for word in rest if word.startswith("-") or options.command == "list"]
+    unknown = [word for word in rest if word.startswith("-") or options.command in ("list", "export")]
     if unknown:
         parser.error(f"unknown argument: {unknown[0]}")
     rank = int(os.environ.get("RANK", "0"))
@@ -42,6 +42,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if options.command == "list":
             return _to_output(_list())
+        if options.command == "export":
+            from dfed.export_command import export_text
+
+            return _to_output(export_text(options))
         words = [word for word in (options.config, *rest) if word is not None]
         if options.command == "plan":
             from dfed.plan_command import plan_text
@@ -51,6 +55,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             from dfed.compare import compare
 
             return compare(words, options)
+        if options.command == "train":
+            from dfed.train_command import train
+
+            file, overrides, out, resume = _places(words, options)
+            return train(file, overrides, out, resume)
         return _run(words, options)
     except (ConfigError, DataError) as error:
         if rank != 0:
@@ -83,10 +92,23 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("config", nargs="?", help="a YAML file, then overrides key.sub=value")
     run.add_argument("--out", metavar="DIR", help="run folder (default: runs/NAME-DATE-TIME)")
     run.add_argument("--resume", metavar="DIR", help="go on with the run in this folder; its own config is the default")
+    _add_train(commands)
     _add_plan(commands)
     _add_compare(commands)
+    _add_export(commands)
     commands.add_parser("list", help="strategies, models, data sets and codecs", description="List what a config can name.")
     return parser
+
+
+def _add_train(commands: Any) -> None:
+    train = commands.add_parser(
+        "train", help="train one model on one device, under a memory budget",
+        description="Train the model that a config describes, by the method that it names.",
+        usage="dfed train [CONFIG] [key.sub=value …] [--out DIR] [--resume DIR]",
+    )
+    train.add_argument("config", nargs="?", help="a YAML file, then overrides key.sub=value")
+    train.add_argument("--out", metavar="DIR", help="folder for everything (default: runs/NAME-DATE-TIME)")
+    train.add_argument("--resume", metavar="DIR", help="go on with the training in this folder; its config is the default")
 
 
 def _add_plan(commands: Any) -> None:
@@ -126,6 +148,19 @@ def _add_compare(commands: Any) -> None:
     compare.add_argument("--report", action="store_true", help="run nothing: only make the tables of what is there")
 
 
+def _add_export(commands: Any) -> None:
+    export = commands.add_parser(
+        "export", help="a trained model as files that need nothing of dfed",
+        description="Write the model of a run's newest checkpoint as a state dict and as a program of torch.export.",
+        usage="dfed export RUN [--variant NAME | --depth K] [--out DIR]  or  dfed export RUN --list",
+    )
+    export.add_argument("run", metavar="RUN", help="the folder of a run")
+    export.add_argument("--variant", metavar="NAME", help="a sub-model that the strategy names (default: the global model)")
+    export.add_argument("--depth", metavar="K", help="short for the variant 'depth K' or 'exitK'")
+    export.add_argument("--out", metavar="DIR", help="a new folder (default: RUN/export/NAME, or RUN/export/model)")
+    export.add_argument("--list", action="store_true", help="write nothing: only say what can be exported")
+
+
 def _to_output(text: str) -> int:
     """Write to standard output; returns the exit status.
 
@@ -155,14 +190,8 @@ def _list() -> str:
     return "\n".join([*lines, ""])
 
 
-def _run(words: list[str], options: argparse.Namespace) -> int:
-    from dfed.checkpoint import latest
-    from dfed.comm import choose_device
-    from dfed.config import load_config
-    from dfed.differences import check_same_bits
-    from dfed.leader import execute
-    from dfed.report.folder import CHECKPOINTS, RunFolder
-
+def _places(words: list[str], options: argparse.Namespace) -> tuple[Path, list[str], Path, bool]:
+    """Of ``run`` and ``train``: the config file, overrides, the folder to write to, and whether to go on with what it holds."""
     overrides = [word for word in words if "=" in word]
     files = [word for word in words if "=" not in word]
     if len(files) > 1:
@@ -181,25 +210,36 @@ def _run(words: list[str], options: argparse.Namespace) -> int:
         raise ConfigError([Fault("--resume", f"must be the folder of a run, but {resume} holds no config.yaml.")])
     if not files and resume is None:
         raise ConfigError([Fault("CONFIG", "must be given: a YAML file, or --resume DIR.")])
-    config = load_config(files[0] if files else resume / "config.yaml", overrides)  # type: ignore[operator]
-    if out is None:
-        out = Path("runs") / f"{Path(files[0]).stem}-{datetime.now():%Y%m%d-%H%M%S}"
+    file = Path(files[0]) if files else resume / "config.yaml"  # type: ignore[operator]
+    return file, overrides, out or Path("runs") / f"{file.stem}-{datetime.now():%Y%m%d-%H%M%S}", resume is not None
+
+
+def _run(words: list[str], options: argparse.Namespace) -> int:
+    from dfed.checkpoint import latest
+    from dfed.comm import choose_device
+    from dfed.config import load_config
+    from dfed.differences import check_same_bits
+    from dfed.leader import execute
+    from dfed.report.folder import CHECKPOINTS, RunFolder
+
+    file, overrides, out, resume = _places(words, options)
+    config = load_config(file, overrides)
     folder = state = None
     if int(os.environ.get("RANK", "0")) == 0:
-        if resume is not None:
+        if resume:
             # Before anything is written: a checkpoint of another config is refused, and its folder stays as it is.
             device, begun = choose_device(config.backend).type, None
             with contextlib.suppress(ConfigError):  # a damaged file says nothing: the checkpoint knows its own config
-                begun = load_config(resume / "config.yaml")
+                begun = load_config(out / "config.yaml")
             if begun is not None:
                 check_same_bits(begun, config, device)
-            state = latest(resume / CHECKPOINTS, config.fingerprint(device))
+            state = latest(out / CHECKPOINTS, config.fingerprint(device))
             if state is None:
-                logger.warning("%s holds no checkpoint yet: starting from round 0", resume)
+                logger.warning("%s holds no checkpoint yet: starting from round 0", out)
             elif state.round_index > config.rounds:
-                message = f"must be at least {state.round_index}, as so many are done in {resume}, but is {config.rounds}."
+                message = f"must be at least {state.round_index}, as so many are done in {out}, but is {config.rounds}."
                 raise ConfigError([Fault("rounds", message)])
         folder = RunFolder(out)
-        if resume is None:
+        if not resume:
             folder.check_new()
     return execute(config, folder=folder, state=state)

@@ -17,40 +17,22 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from dfed.checkpoint import CheckpointSettings
-from dfed.choices import Choice, CodecChoice, check, choose, options_of
+from dfed.choices import Choice, CodecChoice, DataSettings, check, check_evaluated, choose, choose_data, within
 from dfed.client import ClientSettings, client_conflicts
 from dfed.comm import BackendSettings
 from dfed.comm.codecs import codec_of
 from dfed.compare_settings import check_compare
-from dfed.data import DATASET_GIVEN, PARTITIONER_GIVEN
+from dfed.data import PARTITIONER_GIVEN
 from dfed.errors import ConfigError, Fault
 from dfed.faults import shown, unknown_setting, unusable_numbers
 from dfed.fleet import FleetSettings
 from dfed.memory import MemorySettings
 from dfed.metrics import MetricsSettings
-from dfed.registry import CODECS, DATASETS, MODELS, PARTITIONERS, SAMPLERS, SERVER_OPTIMIZERS, STRATEGIES, Registry
+from dfed.registry import CODECS, MODELS, PARTITIONERS, SAMPLERS, SERVER_OPTIMIZERS, STRATEGIES, Registry
 from dfed.settings import Settings
 from dfed.yaml_io import apply_override, read_yaml
 
 __all__ = ["Choice", "Config", "DataSettings", "ServerSettings", "load_config"]
-
-
-class DataSettings(Settings):
-    """The data, apart from the options of the data set, which stand beside these.
-
-    Attributes:
-        dataset: Name of a data set, or ``package.module:function``.
-        root: Folder of the raw files.
-        download: Whether missing files may be fetched from the network.
-        cache: Folder for decoded data.
-        validation_fraction: Share of the training samples held out for validation.
-    """
-
-    dataset: str
-    root: str | None = None
-    download: bool = False
-    cache: str | None = None
-    validation_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.0
 
 
 class ServerSettings(Settings):
@@ -212,19 +194,10 @@ def _validate(raw: Mapping[str, Any], faults: list[Fault]) -> Config:
 
 
 def _data_parts(raw: Any, parts: dict[str, Any], faults: list[Fault]) -> None:
-    parts["data"] = parts["dataset_options"] = parts["partition"] = None
-    if not isinstance(raw, Mapping):
-        faults.append(Fault("data", f"must be a group of settings with a `dataset`, but is {shown(raw)}."))
-        return
-    own = {key: value for key, value in raw.items() if key in DataSettings.model_fields}
-    options = {key: value for key, value in raw.items() if key not in own and key != "partition"}
-    parts["data"] = check(DataSettings, own, "data", faults)
-    parts["partition"] = choose(raw.get("partition", "iid"), "data.partition", PARTITIONERS, PARTITIONER_GIVEN, faults)
-    if not isinstance(own.get("dataset"), str):
-        return
-    # To a user, the data set's options and the section's own stand in one list.
-    parts["dataset_options"] = options_of(own["dataset"], "data.dataset", DATASETS, DATASET_GIVEN, options, "data", faults,
-                                        siblings=sorted([*DataSettings.model_fields, "partition"]))
+    parts["data"], parts["dataset_options"] = choose_data(raw, DataSettings, faults, beside=("partition",))
+    parts["partition"] = None
+    if isinstance(raw, Mapping):
+        parts["partition"] = choose(raw.get("partition", "iid"), "data.partition", PARTITIONERS, PARTITIONER_GIVEN, faults)
 
 
 def _server_parts(raw: Any, parts: dict[str, Any], faults: list[Fault]) -> None:
@@ -265,22 +238,12 @@ def _codec_parts(raw: Any, parts: dict[str, Any], faults: list[Fault]) -> None:
 
 def _cross_check(raw: Mapping[str, Any], faults: list[Fault]) -> None:
     """Combinations that cannot be; read from the raw config, so that another fault beside them hides none."""
-    cohort, clients = raw.get("cohort"), _within(raw, "fleet", "clients")
+    cohort, clients = raw.get("cohort"), within(raw, "fleet", "clients")
     if type(cohort) is int and type(clients) is int and cohort > clients >= 1:
         faults.append(Fault("cohort", f"must be at most `fleet.clients` ({clients}), but is {shown(cohort)}."))
     sampler = raw.get("sampler")
-    if "tifl" in (sampler, _within(raw, "sampler", "name")) and _within(raw, "metrics", "split") in (None, "test"):
+    if "tifl" in (sampler, within(raw, "sampler", "name")) and within(raw, "metrics", "split") in (None, "test"):
         message = ("must be 'validation' with `sampler: tifl`, whose draws follow the accuracy (and `data.validation_fraction` "
                    "above 0), but is 'test'.")
         faults.append(Fault("metrics.split", message))
-    if _within(raw, "metrics", "split") == "validation" and _within(raw, "data", "validation_fraction") in (None, 0):
-        message = "must be 'test' unless `data.validation_fraction` is above 0, but is 'validation'."
-        faults.append(Fault("metrics.split", message))
-    if _within(raw, "metrics", "test_at_end") is True and _within(raw, "metrics", "split") in (None, "test"):
-        message = "must be false where `metrics.split` is 'test', with which all evaluations are on the test set, but is true."
-        faults.append(Fault("metrics.test_at_end", message))
-
-
-def _within(raw: Mapping[str, Any], group: str, name: str) -> Any:
-    settings = raw.get(group)
-    return settings.get(name) if isinstance(settings, Mapping) else None
+    check_evaluated(raw, faults)

@@ -8,6 +8,7 @@
     ├── SumsLost                        a rank's partial sums that were spoiled half-way through an addition
     ├── ExchangeFailed                  an error of the server's while updates were on their way to it
     ├── UpdateRejected                  a client's update that must not enter the mean
+    ├── TrainingFailed                  training on one device that cannot go on: out of memory, or a loss that is not finite
     ├── TooManyFailures                 more of a cohort failed than ``server.max_failed_fraction`` allows
     └── RankLost                        a rank that died, or stopped answering
 
@@ -29,6 +30,7 @@ __all__ = [
     "RankLost",
     "SumsLost",
     "TooManyFailures",
+    "TrainingFailed",
     "UpdateRejected",
     "WireError",
 ]
@@ -90,6 +92,10 @@ class UpdateRejected(DfedError):
 
 class TooManyFailures(DfedError):
     """More clients of one round failed than the settings allow."""
+
+
+class TrainingFailed(DfedError):
+    """Training on one device cannot go on: out of memory, or with a loss that is not finite."""
 
 
 class RankLost(DfedError):

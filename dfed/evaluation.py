@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -18,7 +18,7 @@ from dfed.round import no_answer
 from dfed.run import Run
 from dfed.state import ServerState, as_saved
 
-__all__ = ["evaluate", "evaluate_test", "evaluate_variants", "follow_evaluation"]
+__all__ = ["evaluate", "evaluate_test", "evaluate_variants", "evaluated_params", "follow_evaluation"]
 
 _HELD_OUT, _TEST = "held_out", "test"  # the data of `metrics.split`, and the test set at the end of a run
 
@@ -54,9 +54,33 @@ def evaluate_variants(run: Run, state: ServerState) -> dict[str, Evaluation]:
     return {name: _evaluate(run, plan, state)[1] for name, plan in run.job.strategy.variants(state).items()}
 
 
-def evaluate_test(run: Run, state: ServerState) -> Evaluation:
-    """Evaluate the global model on the test set, likewise (collective); with ``metrics.test_at_end``, after the last round."""
-    return _evaluate(run, run.job.strategy.evaluated(state), state, data=_TEST)[1]
+def evaluate_test(run: Run, state: ServerState, variants: Collection[str] = ()) -> tuple[Evaluation, dict[str, Evaluation]]:
+    """Evaluate the global model on the test set, likewise (collective); with ``metrics.test_at_end``, after the last round.
+
+    Args:
+        variants: Names of sub-models to evaluate there, too.
+    """
+    strategy = run.job.strategy
+    found = {name: _evaluate(run, plan, state, data=_TEST)[1] for name, plan in strategy.variants(state).items()
+             if name in variants}
+    return _evaluate(run, strategy.evaluated(state), state, data=_TEST)[1], found
+
+
+def evaluated_params(run: Run, plan: Plan, state: ServerState) -> tuple[dict[str, Tensor], str | None]:
+    """The global model as the plan's sub-model is evaluated with it (collective: the others call :func:`follow_evaluation`).
+
+    If the strategy's clients keep no norm statistics, those of the sub-model are worked out from training data.
+
+    Returns:
+        All tensors of the global model, by name; and why no statistics could be worked out, where they should have been: then
+        those of ``state`` are left. Else None.
+    """
+    statistics, refused = _statistics(run, plan, state)
+    params, regions = dict(state.params), run.job.forms.of(plan).regions
+    for name, value in statistics.items():
+        params[name] = params[name].clone()
+        regions[name].put_(params[name], value)
+    return params, refused
 
 
 def follow_evaluation(run: Run, order: Message) -> None:
@@ -69,11 +93,7 @@ def follow_evaluation(run: Run, order: Message) -> None:
 
 def _evaluate(run: Run, plan: Plan, state: ServerState, *, data: str = _HELD_OUT) -> tuple[Mapping[str, Tensor], Evaluation]:
     """The global model with the norm statistics that the plan's sub-model was evaluated with, and the figures on ``data``."""
-    statistics, refused = _statistics(run, plan, state)
-    params, regions = dict(state.params), run.job.forms.of(plan).regions
-    for name, value in statistics.items():
-        params[name] = params[name].clone()
-        regions[name].put_(params[name], value)
+    params, refused = evaluated_params(run, plan, state)
     order = run.transport.broadcast(_order(run, "evaluate", plan, params, state.round_index, data=data))
     with no_answer(run.transport):
         shards = _shard(run, order)

@@ -17,6 +17,7 @@ from dfed.client import Evaluation
 from dfed.client.home import ClientHome
 from dfed.comm import Message, choose_device, join
 from dfed.config import Config
+from dfed.device_models import device_models
 from dfed.errors import CheckpointError, ExchangeFailed, RankLost, SumsLost, WireError
 from dfed.evaluation import evaluate, evaluate_test, evaluate_variants, follow_evaluation
 from dfed.metrics import MetricsWriter, add_totals, empty_totals
@@ -106,8 +107,9 @@ class Leader:
             variants = {} if self._stopped else evaluate_variants(self._run, self.state)
             for evaluation in variants.values():
                 self._warn_if_stale(evaluation)
-            wants_test = self._config.metrics.test_at_end and not self._stopped
-            test = evaluate_test(self._run, self.state) if wants_test else None
+            models = None if self._stopped else device_models(self._run.job, self.state)
+            wants_test = self._config.metrics.test_at_end and models is not None
+            test = evaluate_test(self._run, self.state, models.variants) if wants_test else None
             self.dismiss()
         except Exception as error:
             self._rescue(error)
@@ -116,7 +118,7 @@ class Leader:
             self._writer.close()
             self._console.close()
         summary = self._folder.write_summary(
-            self._config, self._run.job, self.state, self._evaluation, variants, test, self._stopped
+            self._config, self._run.job, self.state, self._evaluation, variants, test, models, self._stopped
         )
         self._console.finished(summary, self._folder.path)
         return EXIT_STOPPED if self._stopped else 0

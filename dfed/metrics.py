@@ -13,29 +13,37 @@ from pydantic import Field
 
 from dfed.settings import Settings
 
-__all__ = ["MetricsSettings", "MetricsWriter", "add_totals", "empty_totals", "finite"]
+__all__ = ["EvaluationSettings", "MetricsSettings", "MetricsWriter", "add_totals", "empty_totals", "finite", "keep_rows_before"]
 
 logger = logging.getLogger(__name__)
 
 _CLIENT_COUNTS = ("selected", "completed", "oom", "failed", "ineligible", "unavailable")
 
 
-class MetricsSettings(Settings):
-    """What is measured, and how often.
+class EvaluationSettings(Settings):
+    """On what is evaluated, and how often.
 
     Attributes:
-        every: Evaluate the global model every so many rounds, and after the last.
+        every: Evaluate the global model every so many rounds (training by itself: epochs), and after the last.
         batch_size: Mini-batch of the evaluation.
         split: Held-out samples to evaluate on: the ``test`` set, or the ``validation`` share of the training data.
         test_at_end: With ``validation``: whether the last model is also evaluated on the test set, once.
-        tensorboard: Whether to write TensorBoard events.
-        bytes_by_block: Whether each client's line also says what every block weighed; the rounds' lines always do.
     """
 
     every: Annotated[int, Field(ge=1)] = 1
     batch_size: Annotated[int, Field(ge=1)] = 500
     split: Literal["test", "validation"] = "test"
     test_at_end: bool = False
+
+
+class MetricsSettings(EvaluationSettings):
+    """What is measured of a run, and how often.
+
+    Attributes:
+        tensorboard: Whether to write TensorBoard events.
+        bytes_by_block: Whether each client's line also says what every block weighed; the rounds' lines always do.
+    """
+
     tensorboard: bool = True
     bytes_by_block: bool = False
 
@@ -79,6 +87,29 @@ def add_totals(totals: Mapping[str, Any], row: Mapping[str, Any], clients: Seque
     return new
 
 
+def keep_rows_before(path: Path, name: str, number: int) -> list[dict[str, Any]]:
+    """Drop from a file of JSON lines, if it is there, those whose ``name`` is ``number`` or more, and what is no such line.
+
+    Returns:
+        The rows that are kept.
+    """
+    if not path.exists():
+        return []
+    kept, lines = [], []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:
+            continue  # a line that was being written when the run was killed
+        if isinstance(row, dict) and row.get(name, number) < number:
+            kept.append(row)
+            lines.append(line + "\n")
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text("".join(lines), encoding="utf-8")
+    partial.replace(path)
+    return kept
+
+
 class MetricsWriter:
     """Writes ``metrics.jsonl`` and TensorBoard events under a run folder.
 
@@ -91,7 +122,7 @@ class MetricsWriter:
 
     def __init__(self, folder: Path, *, next_round: int, tensorboard: bool, bytes_by_block: bool = False):
         self._path, self._left_out = folder / "metrics.jsonl", () if bytes_by_block else ("bytes_by_block",)
-        kept = self._keep_rounds_before(next_round)
+        kept = {row["round"] for row in keep_rows_before(self._path, "round", next_round) if row.get("kind") == "round"}
         missing = [number for number in range(next_round) if number not in kept]
         if missing:
             logger.warning("%s lacks %d of the %d rounds before round %d, the first of them round %d: figures that are made of "
@@ -102,25 +133,6 @@ class MetricsWriter:
             from torch.utils.tensorboard import SummaryWriter  # slow to import, and not needed by every rank
 
             self._events = SummaryWriter(str(folder / "tensorboard"), purge_step=next_round)
-
-    def _keep_rounds_before(self, next_round: int) -> set[int]:
-        """Drop all other lines; returns the rounds whose own row is kept."""
-        if not self._path.exists():
-            return set()
-        kept, rounds = [], set[int]()
-        for line in self._path.read_text(encoding="utf-8", errors="replace").splitlines():
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError:
-                continue  # a line that was being written when the run was killed
-            if isinstance(row, dict) and row.get("round", next_round) < next_round:
-                kept.append(line + "\n")
-                if row.get("kind") == "round":
-                    rounds.add(row["round"])
-        partial = self._path.with_name(f".{self._path.name}.partial")
-        partial.write_text("".join(kept), encoding="utf-8")
-        partial.replace(self._path)
-        return rounds
 
     def write(self, row: Mapping[str, Any], clients: Sequence[Mapping[str, Any]]) -> None:
         """Write a round's row and its clients' rows, and flush."""

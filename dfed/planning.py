@@ -31,7 +31,7 @@ class Planning:
     Args:
         num_clients: Size of the fleet.
         device: What clients train on.
-        budgets: As :class:`dfed.strategies.Problem` has them.
+        budgets, tiers: As :class:`dfed.strategies.Problem` has them.
 
     Attributes:
         shapes: Of the global model's floating-point tensors, by name: the chain's, then the strategy's own.
@@ -42,11 +42,11 @@ class Planning:
     """
 
     def __init__(self, config: Config, chain: Chain, choice: Choice, *, num_clients: int, device: torch.device,
-                 budgets: tuple[tuple[int | None, int], ...] = ()):
+                 budgets: tuple[tuple[int | None, int], ...] = (), tiers: tuple[str, ...] = ()):
         self.enforce, self._model = config.memory.enforce, config.model.name
         problem = Problem(
             chain=chain, splitting=Splitting.by_unit(chain.unit_names), phases=config.client.phases, num_clients=num_clients,
-            seed=config.seed, budgets=budgets, fits=lambda plan, budget: self.costs.fits(plan, budget),
+            seed=config.seed, budgets=budgets, tiers=tiers, fits=lambda plan, budget: self.costs.fits(plan, budget),
             split=lambda count: split_chain(chain, config.client, num_blocks=count, store=_store(config.data.cache)).splitting,
             budget_bytes=lambda plan: self.costs.budget_bytes(plan),
         )

@@ -20,6 +20,7 @@ __all__ = [
     "ALL",
     "CODECS",
     "DATASETS",
+    "METHODS",
     "MODELS",
     "PARTITIONERS",
     "SAMPLERS",
@@ -169,10 +170,13 @@ STRATEGIES = Registry("strategy", {
     "exclusivefl": "dfed.strategies.exclusivefl:ExclusiveFL",
     "fedavg": "dfed.strategies.fedavg:FedAvg",
     "feddropout": "dfed.strategies.feddropout:FedDropout",
+    "fedclass": "dfed.strategies.fedclass:FedClass",
     "fedepth": "dfed.strategies.fedepth:FeDepth",
     "fedprox": "dfed.strategies.fedprox:FedProx",
     "fedrolex": "dfed.strategies.fedrolex:FedRolex",
+    "fedsmall": "dfed.strategies.fedsmall:FedSmall",
     "fjord": "dfed.strategies.fjord:Fjord",
+    "flextrain": "dfed.strategies.flextrain:FlexTrain",
     "heterofl": "dfed.strategies.heterofl:HeteroFL",
     "inclusivefl": "dfed.strategies.inclusivefl:InclusiveFL",
     "neulite": "dfed.strategies.neulite:NeuLite",
@@ -192,6 +196,10 @@ SERVER_OPTIMIZERS = Registry("server optimiser", {
     "sgd": "dfed.server.optimizers:sgd",
     "yogi": "dfed.server.optimizers:yogi",
 })
+METHODS = Registry("method", {
+    "bp": "dfed.central.bp:BP",
+    "flextrain": "dfed.central.flextrain:CentralFlexTrain",
+})
 CODECS = Registry("codec", {
     "bf16": "dfed.comm.codecs:BF16",
     "bitmask": "dfed.comm.codecs:Bitmask",
@@ -206,6 +214,7 @@ CODECS = Registry("codec", {
 })
 ALL = {
     "strategies": STRATEGIES,
+    "methods of dfed train": METHODS,
     "models": MODELS,
     "data sets": DATASETS,
     "partitioners": PARTITIONERS,

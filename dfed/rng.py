@@ -11,7 +11,7 @@ import hashlib
 import numpy as np
 import torch
 
-__all__ = ["Permutation", "key", "numpy_generator", "torch_generator", "uniform"]
+__all__ = ["Permutation", "device_generator", "key", "numpy_generator", "torch_generator", "uniform"]
 
 
 def key(seed: int, purpose: str, *keys: int | str) -> int:
@@ -33,6 +33,15 @@ def _plain(keys: tuple[int | str, ...]) -> list[int | str]:
 def torch_generator(seed: int, purpose: str, *keys: int | str) -> torch.Generator:
     """A CPU ``torch.Generator`` for this key (torch's CPU engine takes 32 bits of the seed)."""
     generator = torch.Generator(device="cpu")
+    generator.manual_seed(key(seed, purpose, *keys) & 0xFFFFFFFF)
+    return generator
+
+
+def device_generator(device: torch.device, seed: int, purpose: str, *keys: int | str) -> torch.Generator:
+    """As :func:`torch_generator`, on ``device``; other devices draw other numbers."""
+    if device.type == "cpu":
+        return torch_generator(seed, purpose, *keys)
+    generator = torch.Generator(device=device)
     generator.manual_seed(key(seed, purpose, *keys) & 0xFFFFFFFF)
     return generator
 

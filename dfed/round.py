@@ -75,8 +75,10 @@ def lead_round(job: Job, state: ServerState) -> RoundResult:
     row = round_row(cohort, clients, state.round_index, job.deadline_s)
     row["bytes"]["fabric"] = job.transport.fabric_bytes - fabric
     row["time_s"] = time.perf_counter() - start
-    senders = Counter(block for plan in completed for block in plan.train)
-    new = job.strategy.advance(state, new, {**row, "senders": senders})
+    senders, weights = Counter(block for plan in completed for block in plan.train), Counter[str]()
+    for plan in completed:
+        weights.update(dict.fromkeys(plan.train, job.partition.num_samples(plan.client)))
+    new = job.strategy.advance(state, new, {**row, "senders": senders, "sender_weights": weights})
     if note := job.strategy.note(new):
         row["strategy"] = as_saved("what a strategy notes of a round", note)
     new = replace(new, sampler=advance(job.sampler, state, lambda: job.view(state), row, clients))

@@ -6,6 +6,7 @@ import gc
 import math
 import os
 import signal
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from dfed.planning import Planning
 from dfed.registry import SAMPLERS, SERVER_OPTIMIZERS, calling
 from dfed.settings import format_bytes
 
-__all__ = ["Prepared", "Run", "StopFlag", "assemble", "prepare"]
+__all__ = ["Prepared", "Run", "StopFlag", "assemble", "build_model", "check_host", "prepare"]
 
 _SERVER_COPIES = 3  # the model, the round's message, and the new model; sums of twice that size come on top
 
@@ -99,9 +100,9 @@ def prepare(config: Config, device: torch.device, *, to_run: bool = True) -> Pre
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic only with a fixed workspace
     data = load(config.data.dataset, dict(config.dataset_options), root=config.data.root, download=config.data.download,
                 cache=config.data.cache, seed=config.seed, validation_fraction=config.data.validation_fraction)
-    chain = _chain(config, data)
+    chain = build_model(config.model, config.data.dataset, data)
     if to_run:
-        _check_host(config, data, chain)
+        check_host(chain, _SERVER_COPIES, "the server", _evaluated_on(config, data), config.metrics.batch_size)
     plain = Planning(config, chain, Choice("fedavg", {}), num_clients=1, device=device)
     fleet = Fleet.from_settings(config.fleet, seed=config.seed, full_peak_bytes=plain.full_budget_bytes)
     if config.cohort > fleet.num_clients:
@@ -115,7 +116,7 @@ def prepare(config: Config, device: torch.device, *, to_run: bool = True) -> Pre
     if to_run:
         check_cap(config.memory, device, has_budgets=fleet.has_budgets)
     planning = Planning(config, chain, config.strategy, num_clients=fleet.num_clients, device=device,
-                        budgets=fleet.budgets())
+                        budgets=fleet.budgets(), tiers=fleet.tier_names)
     if planning.strategy.statistics_samples is not None and config.metrics.batch_size < 2:
         message = (f"must be at least 2 with strategy '{config.strategy.name}', which works the statistics of norms out of "
                    f"mini-batches of this size, but is {config.metrics.batch_size}.")
@@ -144,42 +145,57 @@ def _labels(config: Config, data: DataSplits) -> np.ndarray:
         return data.train.labels(np.arange(data.train.num_samples))
 
 
-def _chain(config: Config, data: DataSplits) -> Chain:
-    """The model; what does not suit it is said of the config's own fields."""
-    name, options = config.model.name, dict(config.model.options)
+def build_model(model: Choice, dataset: str, data: DataSplits) -> Chain:
+    """The model that a config names, without storage; what does not suit it is said of the config's own fields.
+
+    Args:
+        dataset: The name of the data set that ``data`` are.
+
+    Raises:
+        ConfigError: If it cannot be built, or is not for images like these.
+    """
+    name, options = model.name, dict(model.options)
     try:
         with calling("model", name):
             return build_chain(name, options, input_shape=data.train.shape, num_classes=data.train.num_classes)
     except ConfigError as error:
-        raise ConfigError([_of_the_model(fault, config) for fault in error.faults]) from error
+        raise ConfigError([_of_the_model(fault, model, dataset) for fault in error.faults]) from error
 
 
-def _of_the_model(fault: Fault, config: Config) -> Fault:
-    if fault.field in config.model.options:
+def _of_the_model(fault: Fault, model: Choice, dataset: str) -> Fault:
+    if fault.field in model.options:
         return Fault(f"model.{fault.field}", fault.message)
     if fault.field == "input_shape":
-        data, name = config.data.dataset, config.model.name
-        return Fault("model", f"must suit the images of data set '{data}', but '{name}' does not: their shape {fault.message}")
+        return Fault("model", f"must suit the images of data set '{dataset}', but '{model.name}' does not: their shape "
+                              f"{fault.message}")
     if fault.field.startswith("model"):
         return Fault("model", fault.message)
-    return Fault("model", f"must name a model that can be used, but '{config.model.name}' cannot: {fault}")
+    return Fault("model", f"must name a model that can be used, but '{model.name}' cannot: {fault}")
 
 
-def _check_host(config: Config, data: DataSplits, chain: Chain) -> None:
-    """Refuse what this machine's memory can never hold, before anything of that size is asked for."""
+def check_host(chain: Chain, num_copies: int, holder: str, evaluated_on: Sequence[Dataset], batch_size: int) -> None:
+    """Refuse what this machine's memory can never hold, before anything of that size is asked for.
+
+    Args:
+        num_copies: How often ``holder``, as a message calls it, has the model's tensors.
+        evaluated_on: Data sets, in mini-batches of ``batch_size`` samples.
+
+    Raises:
+        ConfigError: Of ``model`` or ``metrics.batch_size``.
+    """
     if not hasattr(os, "sysconf"):  # not on Windows
         return
     physical = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    model = _SERVER_COPIES * sum(tensor.numel() * tensor.element_size() for tensor in chain.state_dict().values())
+    model = num_copies * sum(tensor.numel() * tensor.element_size() for tensor in chain.state_dict().values())
     if model >= physical:
-        message = (f"must be small enough for the server, which holds its parameters {_SERVER_COPIES} times, in less than this "
+        message = (f"must be small enough for {holder}, which holds its parameters {num_copies} times, in less than this "
                    f"machine's {format_bytes(physical)}, but takes {format_bytes(model)}.")
         raise ConfigError([Fault("model", message)])
-    num_samples = max(dataset.num_samples for dataset in _evaluated_on(config, data))
-    batch = min(config.metrics.batch_size, num_samples) * 4 * math.prod(data.test.shape)
+    num_samples = max(dataset.num_samples for dataset in evaluated_on)
+    batch = min(batch_size, num_samples) * 4 * math.prod(chain.input_shape)
     if batch >= physical:
         message = (f"must be small enough for a mini-batch to take less than this machine's {format_bytes(physical)}, but is "
-                   f"{config.metrics.batch_size}, which takes {format_bytes(batch)}.")
+                   f"{batch_size}, which takes {format_bytes(batch)}.")
         raise ConfigError([Fault("metrics.batch_size", message)])
 
 

@@ -1,9 +1,9 @@
 """The client's side: local training under a cap, and evaluation."""
 
-from dfed.client.evaluation import Evaluation, Evaluator, combine
+from dfed.client.evaluation import Evaluation, Evaluator, combine, evaluate_batch
 from dfed.client.forms import DEFAULT_CODEC, Form, Forms, nothing
 from dfed.client.report import ClientReport
-from dfed.client.settings import ClientSettings, ScheduleSettings, client_conflicts, make_optimizer
+from dfed.client.settings import ClientSettings, ScheduleSettings, TrainingSettings, client_conflicts, make_optimizer
 from dfed.client.training import LocalResult, Skeleton, run_plan
 from dfed.client.worker import Worker
 
@@ -18,9 +18,11 @@ __all__ = [
     "LocalResult",
     "ScheduleSettings",
     "Skeleton",
+    "TrainingSettings",
     "Worker",
     "client_conflicts",
     "combine",
+    "evaluate_batch",
     "make_optimizer",
     "nothing",
     "run_plan",

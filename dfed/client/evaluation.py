@@ -27,7 +27,7 @@ from dfed.plan import Plan
 from dfed.region import WHOLE
 from dfed.strategies import Strategy
 
-__all__ = ["Evaluation", "Evaluator", "combine"]
+__all__ = ["Evaluation", "Evaluator", "combine", "evaluate_batch"]
 
 _MOST_SKELETONS = 8
 
@@ -88,7 +88,8 @@ class Evaluator:
         """
         num_batches = -(-self._dataset.num_samples // self._batch_size)
         with self._loaded(plan, values) as model, torch.inference_mode():
-            return [self._batch(model, number) for number in range(rank, num_batches, size)]
+            return [evaluate_batch(model, self._dataset, number, batch_size=self._batch_size, device=self._device)
+                    for number in range(rank, num_batches, size)]
 
     def statistics_shapes(self, plan: Plan) -> dict[str, tuple[int, ...]]:
         """Of the running statistics of this plan's sub-model, by name."""
@@ -143,15 +144,19 @@ class Evaluator:
         finally:
             skeleton.unload()
 
-    def _batch(self, model: nn.Module, number: int) -> list[Any]:
-        start = number * self._batch_size
-        indices = np.arange(start, min(start + self._batch_size, self._dataset.num_samples))
-        x, y = self._dataset.batch(indices)
-        logits = model(x.to(self._device)).cpu()
-        loss = float(F.cross_entropy(logits, y, reduction="sum"))
-        classes = self._dataset.num_classes
-        correct = torch.bincount(y[logits.argmax(dim=1) == y], minlength=classes)
-        return [number, loss, correct.tolist(), torch.bincount(y, minlength=classes).tolist()]
+
+def evaluate_batch(model: nn.Module, dataset: Dataset, number: int, *, batch_size: int, device: torch.device) -> list[Any]:
+    """Figures of ``model``, in evaluation mode on ``device``, on the mini-batch ``number`` of ``dataset``.
+
+    Returns:
+        JSON values: ``[number, loss sum, right answers by class, samples by class]``; for :func:`combine`.
+    """
+    start = number * batch_size
+    x, y = dataset.batch(np.arange(start, min(start + batch_size, dataset.num_samples)))
+    logits = model(x.to(device)).cpu()
+    loss = float(F.cross_entropy(logits, y, reduction="sum"))
+    correct = torch.bincount(y[logits.argmax(dim=1) == y], minlength=dataset.num_classes)
+    return [number, loss, correct.tolist(), torch.bincount(y, minlength=dataset.num_classes).tolist()]
 
 
 def combine(shards: Iterable[list[list[Any]]]) -> Evaluation:

@@ -14,7 +14,7 @@ from torch import nn
 from dfed.plan import Phase
 from dfed.settings import Settings
 
-__all__ = ["ClientSettings", "ScheduleSettings", "client_conflicts", "make_optimizer"]
+__all__ = ["ClientSettings", "ScheduleSettings", "TrainingSettings", "client_conflicts", "make_optimizer"]
 
 _OPTIONS = {
     "sgd": ("momentum", "nesterov"),
@@ -97,12 +97,11 @@ def client_conflicts(given: Mapping[str, Any]) -> list[str]:
     return conflicts
 
 
-class ClientSettings(Settings):
-    """Local training of every client.
+class TrainingSettings(Settings):
+    """How a model is trained on data, apart from how long.
 
     Attributes:
-        optimizer: ``sgd``, ``adam`` or ``adamw``; made anew for each client and round.
-        epochs, steps: Passes over the client's data, or optimiser steps; exactly one (default: 1 epoch).
+        optimizer: ``sgd``, ``adam`` or ``adamw``.
         batch_size: Samples in a mini-batch, less than 2³¹: more than anyone has, and the sizes of tensors fit 64 bits.
         drop_last: Whether a last mini-batch that is not full is left out.
         clip_norm: Gradients are scaled down to this Euclidean norm; null: never.
@@ -120,8 +119,6 @@ class ClientSettings(Settings):
     betas: Annotated[list[Annotated[float, Field(ge=0, lt=1)]], Field(min_length=2, max_length=2)] = [0.9, 0.999]
     epsilon: Annotated[float, Field(gt=0)] = 1e-8
     batch_size: Annotated[int, Field(ge=1, lt=2**31)] = 32
-    epochs: Annotated[int, Field(ge=1)] | None = None
-    steps: Annotated[int, Field(ge=1)] | None = None
     drop_last: bool = False
     clip_norm: Annotated[float, Field(gt=0)] | None = None
     schedule: ScheduleSettings = ScheduleSettings()
@@ -130,7 +127,7 @@ class ClientSettings(Settings):
     precision: Literal["fp32", "bf16"] = "fp32"
 
     @model_validator(mode="after")
-    def _consistent(self) -> ClientSettings:
+    def _consistent(self) -> TrainingSettings:
         given = {name: getattr(self, name) for name in self.model_fields_set}
         conflicts = client_conflicts(given)
         if conflicts:
@@ -142,6 +139,17 @@ class ClientSettings(Settings):
         useless = _useless(_OPTIONS, self.optimizer, type(self).model_fields)
         return {**self.model_dump(exclude=set(useless)), "schedule": self.schedule.to_dict()}
 
+
+class ClientSettings(TrainingSettings):
+    """Local training of every client; its optimiser is made anew for each client and round.
+
+    Attributes:
+        epochs, steps: Passes over the client's data, or optimiser steps; exactly one (default: 1 epoch).
+    """
+
+    epochs: Annotated[int, Field(ge=1)] | None = None
+    steps: Annotated[int, Field(ge=1)] | None = None
+
     @property
     def phases(self) -> tuple[Phase, ...]:
         """The configured local training as one phase."""
@@ -149,12 +157,13 @@ class ClientSettings(Settings):
         return (Phase(batch_size=self.batch_size, epochs=epochs, steps=self.steps, drop_last=self.drop_last),)
 
 
-def make_optimizer(settings: ClientSettings, parameters: Iterable[nn.Parameter], factor: float) -> torch.optim.Optimizer:
-    """The optimiser of one client for one round; ``factor`` multiplies the learning rate."""
+def make_optimizer(settings: TrainingSettings, parameters: Iterable[nn.Parameter] | Iterable[dict[str, Any]],
+                   factor: float) -> torch.optim.Optimizer:
+    """A new optimiser of ``parameters``, or of groups of them as torch has them; ``factor`` multiplies the learning rate."""
     common: dict[str, Any] = {
         "lr": settings.learning_rate * factor, "weight_decay": settings.weight_decay, "fused": True,
     }
-    parameters = list(parameters)
+    parameters = list(parameters)  # type: ignore[assignment]
     if settings.optimizer == "sgd":
         return torch.optim.SGD(parameters, momentum=settings.momentum, nesterov=settings.nesterov, **common)
     family = torch.optim.Adam if settings.optimizer == "adam" else torch.optim.AdamW

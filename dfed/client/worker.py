@@ -81,7 +81,7 @@ class Worker:
         skeleton, chain = Skeleton(self._strategy.problem.chain.skeleton()), self._strategy.problem.chain
         empty = {name: torch.zeros(shape) for name, shape in self._shapes.items()}
         skeleton.load(empty, self._device)
-        generator = _device_generator(self._device, self._seed, "warm-up")
+        generator = rng.device_generator(self._device, self._seed, "warm-up")
         skeleton.model.set_generator(generator)
         optimizer = make_optimizer(self._settings, skeleton.model.parameters(), 1.0)
         x = torch.zeros(2, *chain.input_shape, device=self._device)
@@ -186,7 +186,7 @@ class Worker:
         budget_bytes = task.get("budget_bytes")
         skeleton = self._empty_skeleton(plan)
         indices = self._partition.indices(plan.client)
-        generator = _device_generator(self._device, self._seed, "layers", down.round_index, plan.client)
+        generator = rng.device_generator(self._device, self._seed, "layers", down.round_index, plan.client)
 
         draws = rng.numpy_generator(self._seed, "draw", down.round_index, plan.client)
         turns = itertools.count()  # two equal phases see the data in different orders
@@ -262,11 +262,3 @@ def _on_cpu(tensors: Mapping[str, Tensor], device: torch.device) -> dict[str, Te
               for name, value in tensors.items()}
     torch.cuda.synchronize(device)
     return staged
-
-
-def _device_generator(device: torch.device, seed: int, purpose: str, *keys: int) -> torch.Generator:
-    if device.type == "cpu":
-        return rng.torch_generator(seed, purpose, *keys)
-    generator = torch.Generator(device=device)
-    generator.manual_seed(rng.key(seed, purpose, *keys) & 0xFFFFFFFF)
-    return generator

@@ -14,12 +14,21 @@ from torch import Tensor
 from dfed import registry, rng
 from dfed.errors import DataError
 
-__all__ = ["DATASET_GIVEN", "ArrayDataset", "Bundle", "Complement", "DataSplits", "Dataset", "Subset", "load"]
+__all__ = ["DATASET_GIVEN", "ArrayDataset", "Bundle", "Complement", "DataSplits", "Dataset", "Normalisation", "Subset", "load"]
 
 DATASET_GIVEN = ("root", "download", "cache", "seed")
 """Parameters of a data set function that dfed passes itself; the others are its options."""
 
 _MOST_VALIDATION = 2**26  # their indices are held: 0.5 GiB
+
+
+@dataclass(frozen=True)
+class Normalisation:
+    """What is done to stored pixels: ``(pixel / divide_by - mean) / std``, with one number a channel."""
+
+    divide_by: float
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
 
 
 class Dataset(ABC):
@@ -29,8 +38,10 @@ class Dataset(ABC):
         num_samples: Number of samples, at least 1.
         num_classes: Labels are in ``[0, num_classes)``.
         shape: ``(channels, height, width)`` of every image.
+        normalisation: What is done to its pixels; None: they are given out as they are stored.
     """
 
+    normalisation: Normalisation | None = None
     num_samples: int
     num_classes: int
     shape: tuple[int, int, int]
@@ -82,7 +93,8 @@ class ArrayDataset(Dataset):
         if not (stds > 0).all():
             raise DataError(f"`std` must be above 0 for every channel, but is {stds.tolist()}.")
         unit = 255.0 if images.dtype == np.uint8 else 1.0
-        self._as_is = unit == 1.0 and not means.any() and bool((stds == 1).all())
+        if unit != 1.0 or means.any() or (stds != 1).any():
+            self.normalisation = Normalisation(unit, tuple(means.tolist()), tuple(stds.tolist()))
         self._scale = torch.from_numpy(1 / (unit * stds)).to(torch.float32).view(-1, 1, 1)
         self._shift = torch.from_numpy(-means / stds).to(torch.float32).view(-1, 1, 1)
 
@@ -91,7 +103,7 @@ class ArrayDataset(Dataset):
 
     def batch(self, indices: np.ndarray) -> tuple[Tensor, Tensor]:
         images = torch.from_numpy(self._images.take(indices, axis=0))
-        if not self._as_is:
+        if self.normalisation is not None:
             # A product and a sum, not one fused operation, whose last bit would depend on the place in the batch.
             images = images.to(torch.float32).mul_(self._scale).add_(self._shift)
         return images, torch.from_numpy(self._labels.take(indices))
@@ -113,7 +125,7 @@ class Subset(Dataset):
             dataset, indices = dataset._dataset, dataset._indices.take(indices)
         self._dataset, self._indices = dataset, indices
         self.num_samples = len(indices)
-        self.num_classes, self.shape = dataset.num_classes, dataset.shape
+        self.num_classes, self.shape, self.normalisation = dataset.num_classes, dataset.shape, dataset.normalisation
 
     def labels(self, indices: np.ndarray) -> np.ndarray:
         return self._dataset.labels(self._indices.take(indices))
@@ -136,7 +148,7 @@ class Complement(Dataset):
         # Entry j: how many samples that stay come before the j-th removed one.
         self._kept_before = removed - np.arange(len(removed))
         self.num_samples = dataset.num_samples - len(removed)
-        self.num_classes, self.shape = dataset.num_classes, dataset.shape
+        self.num_classes, self.shape, self.normalisation = dataset.num_classes, dataset.shape, dataset.normalisation
 
     def _outer(self, indices: np.ndarray) -> np.ndarray:
         return indices + np.searchsorted(self._kept_before, indices, side="right")

@@ -11,7 +11,7 @@ from pydantic import AfterValidator, Field, ValidationInfo, field_validator
 from dfed.fleet.budget import Memory, TierMemory, written
 from dfed.settings import ByteRate, Rate, Settings
 
-__all__ = ["DeviceSettings", "FleetSettings", "TierSettings", "check_name"]
+__all__ = ["ComputeSettings", "DeviceSettings", "FleetSettings", "TierSettings", "check_name"]
 
 _SHARE_TOLERANCE = 1e-6
 _Positive = Field(gt=0, allow_inf_nan=False)
@@ -64,6 +64,14 @@ class DeviceSettings(Settings):
         if most is not None and least is not None and most < least:
             raise ValueError(f"must be at least `upload_least` ({least:g}), but is {most:g}.")
         return most
+
+
+class ComputeSettings(Settings):
+    """How one device computes: the settings of a :class:`DeviceSettings` that count where nothing is sent."""
+
+    flops: Annotated[Rate, _Positive] = DeviceSettings.model_fields["flops"].default
+    watts: Annotated[float, _NotNegative] = DeviceSettings.model_fields["watts"].default
+    int8_speedup: Annotated[float, _Positive] = DeviceSettings.model_fields["int8_speedup"].default
 
 
 def check_name(name: str) -> str:

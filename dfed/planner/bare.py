@@ -33,15 +33,18 @@ class _Bare(Strategy):
         return self.problem.chain.skeleton()
 
 
-def chain_costs(chain: Chain, settings: ClientSettings, device: torch.device, store: Store | None = None) -> tuple[Costs, Plan]:
+def chain_costs(chain: Chain, settings: ClientSettings, device: torch.device, store: Store | None = None, *,
+                by_prediction: bool = False) -> tuple[Costs, Plan]:
     """Costs of training ``chain`` with cross-entropy, and the plan of doing so as ``settings`` say.
 
     Args:
         chain: On any device; its parameters' ``requires_grad`` say what is trained.
+        by_prediction: As for :class:`Costs`.
     """
     splitting = Splitting.by_unit(chain.unit_names)
     problem = Problem(chain=chain, splitting=splitting, phases=settings.phases, num_clients=1, seed=0)
     strategy = _Bare(problem)
     shapes = {name: tuple(tensor.shape) for name, tensor in chain.state_dict().items() if tensor.is_floating_point()}
-    costs = Costs(strategy, settings, Forms(strategy, splitting, shapes), device, store=store, identity="bare")
+    costs = Costs(strategy, settings, Forms(strategy, splitting, shapes), device, store=store, identity="bare",
+                  by_prediction=by_prediction)
     return costs, strategy.plan_of(0)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dfed.client import ClientSettings, Skeleton, run_plan
+from dfed.client import ClientSettings, Skeleton, TrainingSettings, run_plan
 from dfed.client.forms import Forms
 from dfed.memory import CPU_OVERHEAD_BYTES, GREY_ZONE, predict_course
 from dfed.plan import Phase, Plan
@@ -21,7 +21,7 @@ from dfed.planner.line import PeakLine
 from dfed.planner.store import Store, describe
 from dfed.strategies import Strategy
 
-__all__ = ["Costs", "with_batch"]
+__all__ = ["Costs", "margins", "what_counts", "with_batch"]
 
 _FLOP_BATCH = 2  # batch norm in training wants more than one value a channel
 _BATCHES = (8, 16, 24)
@@ -55,8 +55,7 @@ class Costs:
         by_prediction: bool = False,
     ):
         self.strategy, self._settings, self._forms = strategy, settings, forms
-        self.overhead_bytes = CPU_OVERHEAD_BYTES if device.type == "cpu" and not by_prediction else 0
-        self._margin = 0.0 if by_prediction else GREY_ZONE
+        self._margin, self.overhead_bytes = margins(device, by_prediction)
         self._store = store or Store(None)
         chain = strategy.problem.chain
         self._input_shape = chain.input_shape
@@ -67,7 +66,7 @@ class Costs:
             own = [identity, problem.num_clients, problem.seed]
         if own:
             own = [describe(chain, strategy), *own]
-        self._depends = [describe(chain), _what_counts(settings), own]
+        self._depends = [describe(chain), what_counts(settings), own]
         self._lines: dict[str, PeakLine | None] = {}
         self._peaks: dict[str, int] = {}
         self._flops: dict[str, list[list[float]]] = {}
@@ -197,7 +196,14 @@ class Costs:
         return [count / (_FLOP_BATCH * num_draws) for count in flops_by_type(counter)]
 
 
-def _what_counts(settings: ClientSettings) -> list[Any]:
+def margins(device: torch.device, by_prediction: bool) -> tuple[float, int]:
+    """What a budget that is sure to do has above the predicted peak of the tensors: a share of it, and bytes."""
+    if by_prediction:
+        return 0.0, 0
+    return GREY_ZONE, CPU_OVERHEAD_BYTES if device.type == "cpu" else 0
+
+
+def what_counts(settings: TrainingSettings) -> list[Any]:
     """The settings of local training on which memory and arithmetic of a step depend."""
     clips, momentum = settings.clip_norm is not None, settings.momentum > 0
     return [settings.optimizer, momentum, settings.nesterov, settings.weight_decay > 0, clips,

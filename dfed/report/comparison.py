@@ -99,6 +99,11 @@ class Results:
         return plans_of_entry([run.plans for run in self.of(label)])
 
     @property
+    def has_device_models(self) -> bool:
+        """Whether some device of some finished run uses another model than the global one."""
+        return any(name != "global" for run in self.finished for name in (run.summary.get("devices") or {}).get("using", ()))
+
+    @property
     def finished(self) -> list[Outcome]:
         """All finished runs."""
         return [run for run in self.outcomes if run.state == "finished"]
@@ -174,6 +179,7 @@ def _values(summary: Mapping[str, Any], clients: Sequence[Mapping[str, Any]]) ->
     return {
         "accuracy": summary["accuracy"],
         **({} if test is None else {"test_accuracy": test["accuracy"]}),
+        **_device_accuracies(summary),
         **{f"accuracy_{tier['name']}": tier["accuracy"] for tier in summary["tiers"]},
         "participation_clients": len(samples) / _num_clients(summary),
         "participation_data": _ratio(sum(samples.values()), summary.get("num_samples")),
@@ -186,6 +192,13 @@ def _values(summary: Mapping[str, Any], clients: Sequence[Mapping[str, Any]]) ->
         "energy_j": summary["energy_j"],
         "time_s": summary["time_s"],
     }
+
+
+def _device_accuracies(summary: Mapping[str, Any]) -> dict[str, float | None]:
+    """Means over the devices of the accuracy of the model that each of them uses."""
+    test = summary.get("test")
+    on_test = {} if test is None else {"test_device_accuracy": test.get("device_accuracy")}
+    return {"device_accuracy": summary.get("device_accuracy"), **on_test}
 
 
 def _num_clients(summary: Mapping[str, Any]) -> int:

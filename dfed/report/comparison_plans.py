@@ -26,17 +26,21 @@ class PlanFigures:
         turns: Clients' lines with it, completed or not.
         peak_share: Median measured peak of its completed turns, as a share of what training the full model needs; None: none
             was measured.
+        bytes_up, time_s, sim_time_s: Medians over its completed turns; None: there is none.
     """
 
     options: Mapping[str, Any]
     clients: float
     turns: int
     peak_share: float | None
+    bytes_up: float | None
+    time_s: float | None
+    sim_time_s: float | None
 
 
 @dataclass(frozen=True, kw_only=True)
 class PlanRow:
-    """What an entry comes to with one plan: means over its finished runs; ``peak_share`` over those that have one.
+    """What an entry comes to with one plan: means over its finished runs, of what may be None over those that have it.
 
     Attributes:
         plan: The options that vary within the entry, as text: ``rate=0.5``; or ``full model``, where there are none.
@@ -47,6 +51,9 @@ class PlanRow:
     clients: float
     turns: float
     peak_share: float | None
+    bytes_up: float | None
+    time_s: float | None
+    sim_time_s: float | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,8 +87,19 @@ def plans_of_run(clients: Sequence[Mapping[str, Any]], num_clients: int, needed_
         found[key] = PlanFigures(
             options=dict(lines[0].get("plan", {})), clients=len({line["client"] for line in completed}) / num_clients,
             turns=len(lines), peak_share=statistics.median(peaks) / needed_bytes if peaks and needed_bytes else None,
+            **{name: _median([line.get(name) for line in completed]) for name in ("bytes_up", "time_s", "sim_time_s")},
         )
     return found
+
+
+def _median(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return statistics.median(known) if known else None
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return statistics.fmean(known) if known else None
 
 
 def plans_of_entry(runs: Sequence[Mapping[str, PlanFigures]]) -> EntryPlans:
@@ -95,14 +113,14 @@ def plans_of_entry(runs: Sequence[Mapping[str, PlanFigures]]) -> EntryPlans:
     rows = []
     for key in sorted(options, key=lambda key: _order(options[key])):
         there = [run[key] for run in runs if key in run]
-        peaks = [figures.peak_share for figures in there if figures.peak_share is not None]
         said = {name: f"{name}={shown(value)}" for name, value in options[key].items()}
         told = [text for name, text in said.items() if name in names] or list(said.values())
         rows.append(PlanRow(
             plan=", ".join(told) or "full model", options=options[key],
             clients=sum(figures.clients for figures in there) / len(runs),
             turns=sum(figures.turns for figures in there) / len(runs),
-            peak_share=statistics.fmean(peaks) if peaks else None,
+            **{name: _mean([getattr(figures, name) for figures in there])
+               for name in ("peak_share", "bytes_up", "time_s", "sim_time_s")},
         ))
     return EntryPlans(count=len(rows), rows=tuple(rows))
 

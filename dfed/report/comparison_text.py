@@ -166,6 +166,7 @@ def _columns(results: Results) -> list[_Column]:
         _Column("strategy", labels), _Column("seeds", counts),
         column("accuracy\n%", "accuracy", lambda spread: _both(spread, 100, 2)),
         *([column("test\n%", "test_accuracy", lambda spread: _both(spread, 100, 2))] if _has_test(results) else []),
+        *_device_columns(results, column),
         column(f"against\n{results.comparison.reference}", "difference", lambda spread: _both(spread, 100, 2, "+")),
         *(column(f"{name}\n%", f"accuracy_{name}", lambda spread: _both(spread, 100, 2)) for name in results.tier_names),
         column("clients\n%", "participation_clients", lambda spread: _both(spread, 100, 1)),
@@ -178,6 +179,14 @@ def _columns(results: Results) -> list[_Column]:
         column("to target\nJ", "target_energy_j", _both),
         column("out of\nmemory", "oom", lambda spread: _both(spread, 1, 1)),
     ]
+
+
+def _device_columns(results: Results, column: Callable[[str, str, Callable[[Spread], str]], _Column]) -> list[_Column]:
+    """Mean accuracy of the devices' own models, where they have any."""
+    if not results.has_device_models:
+        return []
+    name, heading = ("test_device_accuracy", "devices, test\n%") if _has_test(results) else ("device_accuracy", "devices\n%")
+    return [column(heading, name, lambda spread: _both(spread, 100, 2))]
 
 
 def _has_test(results: Results) -> bool:
@@ -194,6 +203,9 @@ def _plan_columns(results: Results) -> list[_Column]:
         _Column("clients\n%", [_percent(row.clients, 1) for _, row in rows]),
         _Column("turns", [f"{row.turns:,.1f}" for _, row in rows]),
         _Column("median peak\n% of need", [_percent(row.peak_share, 1) for _, row in rows]),
+        _Column("up\nMiB", [_number(row.bytes_up, 1 / _MIB) for _, row in rows]),
+        _Column("wall\ns", [_number(row.time_s) for _, row in rows]),
+        _Column("simulated\ns", [_number(row.sim_time_s) for _, row in rows]),
     ]
 
 
@@ -203,7 +215,7 @@ def _plan_notes(results: Results) -> list[str]:
              for label, count in counts.items() if count > MOST_PLANS]
     if any(0 < count <= MOST_PLANS for count in counts.values()):
         notes.append("by plan: the options are those in metrics.jsonl; clients: share of the fleet that completed a round with "
-                     "it; turns: completed or not; peak: median over its completed turns")
+                     "it; turns: completed or not; peak, up, wall, simulated: medians of a completed turn")
     return notes
 
 
@@ -217,10 +229,18 @@ def _both(spread: Spread, scale: float = 1.0, digits: int | None = None, sign: s
     if spread.mean is None:
         return "–"
     mean = spread.mean * scale
-    if digits is None:
-        digits = max(0, 2 - math.floor(math.log10(abs(mean)))) if mean else 0
+    digits = _digits(mean) if digits is None else digits
     text = f"{mean:{sign},.{digits}f}"
     return text if spread.std is None else f"{text} ± {spread.std * scale:,.{digits}f}"
+
+
+def _number(value: float | None, scale: float = 1.0) -> str:
+    return "–" if value is None else f"{value * scale:,.{_digits(value * scale)}f}"
+
+
+def _digits(value: float) -> int:
+    """Decimals with which three digits count."""
+    return max(0, 2 - math.floor(math.log10(abs(value)))) if value else 0
 
 
 def _notes(results: Results) -> list[str]:
@@ -234,6 +254,9 @@ def _notes(results: Results) -> list[str]:
     if _has_test(results):
         notes.append("test: accuracy on the test set, of the last model, evaluated once; all other accuracies are those of "
                      "metrics.split")
+    if results.has_device_models:
+        notes.append("devices: mean over the fleet's devices of the accuracy of the model that each can use, its own width, "
+                     "depth or size, or else the global one")
     notes.append("clients, data: share of the fleet that completed a round, and of the training samples that these own; "
                  "peak: measured peaks, median of a tier (the largest such) and largest, of what training the full model needs")
     for name in results.tier_names:

@@ -16,7 +16,7 @@ from dfed.config import Config
 from dfed.report import tables
 from dfed.settings import format_bytes
 
-__all__ = ["Console", "causes"]
+__all__ = ["Console", "Screen", "causes"]
 
 logger = logging.getLogger(__name__)
 
@@ -31,19 +31,40 @@ _CAUSES = {
 }
 
 
-class Console:
+class Screen:
+    """Standard output. Where it takes no more, that is said once, and the run goes on without."""
+
+    def __init__(self, terminal: Terminal | None = None):
+        self._terminal = terminal or Terminal(soft_wrap=True, highlight=False)
+        self._is_lost = False
+
+    def _say(self, text: str) -> None:
+        self._try(lambda: tables.say(self._terminal, text))
+
+    def _try(self, show: Callable[[], None]) -> None:
+        if self._is_lost:
+            return
+        try:
+            show()
+        except (OSError, SystemExit) as error:  # by SystemExit rich would end the program when the reader has gone
+            self._is_lost = True
+            tables.drop_output()
+            why = error.strerror if isinstance(error, OSError) else "its reader has gone"
+            logger.warning("standard output cannot be written (%s): the run goes on, and its folder says how", why)
+
+
+class Console(Screen):
     """Writes to standard output: a live bar on a terminal, a line a round elsewhere.
 
     The bar is redrawn between rounds, never by a thread of its own: on one rank such a thread would allocate under a
-    client's cap. Where standard output takes no more, that is said once, and the run goes on without.
+    client's cap.
     """
 
     def __init__(self, config: Config, job: Job, link: Link, terminal: Terminal | None = None):
+        super().__init__(terminal)
         self._config, self._job, self._link = config, job, link
-        self._terminal = terminal or Terminal(soft_wrap=True, highlight=False)
         self._progress: Progress | None = None
         self._task: Any = None
-        self._is_lost = False
 
     def started(self, path: Path, round_index: int, seconds: float) -> None:
         """Say what is about to run."""
@@ -117,20 +138,6 @@ class Console:
         if not summary["finished"]:
             say(f"stopped on request after round {summary['rounds']}; go on with: python -m dfed run --resume {path}")
         say(f"run folder: {path}")
-
-    def _say(self, text: str) -> None:
-        self._try(lambda: tables.say(self._terminal, text))
-
-    def _try(self, show: Callable[[], None]) -> None:
-        if self._is_lost:
-            return
-        try:
-            show()
-        except (OSError, SystemExit) as error:  # by SystemExit rich would end the program when the reader has gone
-            self._is_lost = True
-            tables.drop_output()
-            why = error.strerror if isinstance(error, OSError) else "its reader has gone"
-            logger.warning("standard output cannot be written (%s): the run goes on, and its folder says how", why)
 
 
 def causes(counts: Mapping[str, int], reasons: Mapping[str, int]) -> str:

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from datetime import datetime
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -24,13 +24,15 @@ from dfed.client.home import CLIENTS
 from dfed.cohort import Job
 from dfed.comm import Link, choose_device
 from dfed.config import Choice, Config
+from dfed.device_models import DeviceModels
 from dfed.errors import ConfigError, Fault
+from dfed.memory import MemorySettings
 from dfed.metrics import finite
 from dfed.planning import Planning
 from dfed.state import ServerState
 from dfed.yaml_io import dump_yaml
 
-__all__ = ["CHECKPOINTS", "RunFolder"]
+__all__ = ["CHECKPOINTS", "Folder", "RunFolder"]
 
 logger = logging.getLogger(__name__)
 
@@ -41,9 +43,17 @@ _LOGS = (".log", ".out", ".err")
 _PACKAGES = ("torch", "torchvision", "numpy", "pydantic", "safetensors")
 
 
-class RunFolder:
-    """A folder with ``config.yaml``, ``environment.json``, ``metrics.jsonl``, ``tensorboard/``, ``checkpoint/``,
-    ``summary.json``, and ``clients/`` if clients remember anything.
+class _Described(Protocol):
+    """A config."""
+
+    memory: MemorySettings
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain values, complete."""
+
+
+class Folder:
+    """A folder with what any training leaves behind: ``config.yaml``, ``environment.json``, ``checkpoint/``.
 
     Args:
         path: The folder; made if need be.
@@ -72,7 +82,7 @@ class RunFolder:
             message = f"must be a new or empty folder, but {self.path} holds {foreign[0]!r}"
             raise ConfigError([Fault("--out", message + (f" and {len(foreign) - 1} more." if len(foreign) > 1 else "."))])
 
-    def create(self, config: Config) -> None:
+    def create(self, config: _Described) -> None:
         """Make the folder, if need be, and write the resolved config into it.
 
         Raises:
@@ -92,14 +102,9 @@ class RunFolder:
         """Where checkpoints go."""
         return self.path / CHECKPOINTS
 
-    @property
-    def clients(self) -> Path:
-        """Where clients that keep a state have it."""
-        return self.path / CLIENTS
-
-    def write_environment(self, link: Link, config: Config) -> None:
+    def write_environment(self, link: Link, config: _Described) -> None:
         """Write what the run ran on: versions, commit, ranks, backend and why."""
-        self._write("environment.json", {
+        self.write("environment.json", {
             "date": datetime.now().astimezone().isoformat(timespec="seconds"),
             "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
             "dfed": dfed.__version__,
@@ -120,14 +125,33 @@ class RunFolder:
             "memory_enforce": config.memory.enforce,
         })
 
+    def write(self, name: str, value: Mapping[str, Any]) -> None:
+        """Write ``value`` as the JSON file ``name``, whole or not at all."""
+        partial = self.path / f".{name}.partial"
+        partial.write_text(json.dumps(finite(value), indent=2) + "\n", encoding="utf-8")
+        partial.rename(self.path / name)
+
+
+class RunFolder(Folder):
+    """A folder that also has ``metrics.jsonl``, ``tensorboard/``, ``summary.json``, and ``clients/`` if clients remember
+    anything."""
+
+    @property
+    def clients(self) -> Path:
+        """Where clients that keep a state have it."""
+        return self.path / CLIENTS
+
     def write_summary(self, config: Config, job: Job, state: ServerState, evaluation: Evaluation | None,
-                      variants: Mapping[str, Evaluation], test: Evaluation | None, stopped: bool) -> dict[str, Any]:
+                      variants: Mapping[str, Evaluation], test: tuple[Evaluation, Mapping[str, Evaluation]] | None,
+                      models: DeviceModels | None, stopped: bool) -> dict[str, Any]:
         """Write and return the run's summary.
 
         Args:
             evaluation: Of the global model.
             variants: Of the strategy's sub-models, by name.
-            test: Of the global model on the test set; None: it was not asked for, or the run was stopped.
+            test: Of the global model on the test set, and of the variants that devices use; None: it was not asked for, or the
+                run was stopped.
+            models: Who uses what; None: the run was stopped.
         """
         totals = state.totals
         peak_bytes, needed_bytes = _full_training(config, job)
@@ -141,8 +165,10 @@ class RunFolder:
             "split": config.metrics.split,
             "accuracy": evaluation.accuracy if evaluation else None,
             "loss": evaluation.loss if evaluation else None,
-            "test": _figures(test) if test is not None else None,
+            "test": None if test is None else {**_figures(test[0]), "device_accuracy": _of_devices(models, *test)},
             "variants": {name: _figures(found) for name, found in variants.items()},
+            "devices": None if models is None else models.to_json(),
+            "device_accuracy": None if evaluation is None else _of_devices(models, evaluation, variants),
             "params_sha256": params_sha256(state.params),
             "num_params": sum(value.numel() for name, value in state.params.items() if name not in job.buffers),
             "num_samples": int(job.partition.sizes().sum()),
@@ -158,13 +184,8 @@ class RunFolder:
             "energy_j": totals["energy_j"],
             "stale_statistics": totals["stale_statistics"],
         }
-        self._write("summary.json", summary)
+        self.write("summary.json", summary)
         return summary
-
-    def _write(self, name: str, value: Mapping[str, Any]) -> None:
-        partial = self.path / f".{name}.partial"
-        partial.write_text(json.dumps(finite(value), indent=2) + "\n", encoding="utf-8")
-        partial.rename(self.path / name)
 
 
 def _full_training(config: Config, job: Job) -> tuple[int | None, int | None]:
@@ -186,6 +207,11 @@ def _figures(found: Evaluation) -> dict[str, Any]:
     """Of a model other than the global one on ``metrics.split``."""
     figures: dict[str, Any] = {"accuracy": found.accuracy, "loss": found.loss}
     return figures if found.refused is None else {**figures, "statistics": "stale"}
+
+
+def _of_devices(models: DeviceModels | None, whole: Evaluation,
+                variants: Mapping[str, Evaluation]) -> float | None:
+    return None if models is None else models.accuracy(whole, variants)
 
 
 def _tier(job: Job, name: str, totals: Mapping[str, Any], evaluation: Evaluation | None) -> dict[str, Any]:

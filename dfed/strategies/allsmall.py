@@ -39,6 +39,9 @@ class AllSmall(WidthStrategy):
     def variants(self, state: ServerState) -> Mapping[str, Plan]:
         return {}
 
+    def variant_of(self, plan: Plan) -> str | None:
+        return None
+
     def _rate(self) -> float:
         smallest = self.problem.budgets[0][0] if self.problem.budgets else None
         fitting = (rate for rate in self.rates if self.problem.fits(self.plan_at(rate), smallest))

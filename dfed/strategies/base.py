@@ -84,6 +84,7 @@ class Problem:
         num_clients: Size of the fleet.
         seed: The run's seed.
         budgets: The different budgets of the fleet in bytes, ascending, None (no limit) last, and how many clients have each.
+        tiers: Names of the fleet's tiers.
         fits: Whether a plan of this strategy is sure to fit a budget in bytes (None: no limit), whoever has it.
         budget_bytes: The smallest budget that is sure to do for a plan of this strategy.
     """
@@ -94,6 +95,7 @@ class Problem:
     num_clients: int
     seed: int
     budgets: tuple[tuple[int | None, int], ...] = ()
+    tiers: tuple[str, ...] = ()
     fits: Callable[[Plan, int | None], bool] = _fits_all
     split: Callable[[int | None], Splitting] = _no_split
     budget_bytes: Callable[[Plan], int] = _nothing_needed
@@ -183,7 +185,8 @@ class Strategy(ABC):
         """The state with which the next round starts. ``new`` holds the aggregated model; its round index is set.
 
         Args:
-            metrics: The round's line, and ``senders``: of each block that came up, how many clients sent it.
+            metrics: The round's line; ``senders``: of each block that came up, how many clients sent it; and
+                ``sender_weights``: how many samples these have.
         """
         return new
 
@@ -224,6 +227,10 @@ class Strategy(ABC):
     def variants(self, state: ServerState) -> Mapping[str, Plan]:
         """Further sub-models to evaluate at the end of a run, such as each width or depth, by name."""
         return {}
+
+    def variant_of(self, plan: Plan) -> str | None:
+        """Which of :meth:`variants` a device with this plan would use after the run; None: the global model."""
+        return None
 
     def full_plan(self, client: int = 0) -> Plan:
         """The plan that holds and trains every block of the chain: full training as configured."""

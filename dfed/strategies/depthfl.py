@@ -135,6 +135,9 @@ class DepthFL(Strategy):
     def variants(self, state: ServerState) -> Mapping[str, Plan]:
         return {f"exit{depth}": self.plan_at(depth, alone=True) for depth in range(1, len(self.stops) + 1)}
 
+    def variant_of(self, plan: Plan) -> str | None:
+        return f"exit{plan.options.get('depth', len(self.stops))}"
+
 
 def _disagreement(scores: list[Tensor]) -> Tensor:
     """Σ_i Σ_{j≠i} KL(p_j ‖ p_i), mean over the mini-batch; p_j is taken as given. ``scores``: (b, classes) each."""

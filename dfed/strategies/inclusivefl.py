@@ -120,3 +120,6 @@ class InclusiveFL(Strategy):
 
     def variants(self, state: ServerState) -> Mapping[str, Plan]:
         return {f"size{size}": self.plan_at(size) for size in range(1, len(self.stops) + 1)}
+
+    def variant_of(self, plan: Plan) -> str | None:
+        return f"size{plan.options.get('size', len(self.stops))}"

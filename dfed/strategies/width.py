@@ -109,6 +109,9 @@ class WidthStrategy(Strategy):
     def variants(self, state: ServerState) -> Mapping[str, Plan]:
         return {rate_name(rate): self.plan_at(rate) for rate in self.rates}
 
+    def variant_of(self, plan: Plan) -> str | None:
+        return rate_name(plan.options.get("rate", 1.0))
+
 
 def rate_name(rate: float) -> str:
     """What the sub-model of this rate is called in results."""

@@ -50,7 +50,8 @@ def write_run(folder, config, *, accuracies=(0.5, 0.75, 0.8), completed=((0, 10)
     (folder / "config.yaml").write_text(dump_yaml(config.to_dict()), encoding="utf-8")
     (folder / "environment.json").write_text(json.dumps(ENVIRONMENT), encoding="utf-8")
     lines = [{"kind": "client", "round": 0, "client": client, "tier": "strong", "status": "completed", "num_samples": num,
-              "peak_bytes": peak} for (client, num), peak in zip(completed, itertools.cycle((600, 800, 500)), strict=False)]
+              "peak_bytes": peak, "bytes_up": 1.5 * 2**20, "time_s": 0.25, "sim_time_s": 12.0}
+             for (client, num), peak in zip(completed, itertools.cycle((600, 800, 500)), strict=False)]
     lines += [{"kind": "client", "round": 0, "client": 3, "tier": "we|ak", "status": "oom", "num_samples": 10,
                "peak_bytes": 900}] * oom
     for line, options in zip(lines, plans, strict=False):

@@ -65,7 +65,7 @@ def test_list_shows_every_name_with_its_summary(capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "required: command"), (["train"], "invalid choice"), (["run", SMOKE, "--fast"], "unknown argument: --fast"),
+        ([], "required: command"), (["fit"], "invalid choice"), (["run", SMOKE, "--fast"], "unknown argument: --fast"),
         (["list", "models"],
          "unknown argument: models"), (["list", "--all"], "unknown argument: --all"), (["run", "--out"], "--out"),
         (["run", SMOKE, "-x=1"], "unknown argument: -x=1"),

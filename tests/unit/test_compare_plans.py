@@ -34,6 +34,10 @@ def test_the_figures_of_a_run():
     assert (half.options, half.clients, half.turns, half.peak_share) == (HALF, 2 / 5, 4, 0.4)  # client 0 counts once
     assert (whole.options, whole.clients, whole.turns, whole.peak_share) == (WHOLE, 1 / 5, 2, 0.7)
     assert [figures.peak_share for figures in plans_of_run(lines, 5, None).values()] == [None, None]
+    timed = [line(0, plan=HALF) | {"time_s": 1.0, "bytes_up": 6}, line(1, plan=HALF) | {"time_s": 4.0, "bytes_up": 8},
+             line(1, "failed", plan=HALF) | {"time_s": 9.0, "bytes_up": 0}]
+    (half,) = plans_of_run(timed, 5, 1000).values()
+    assert (half.time_s, half.bytes_up, half.sim_time_s) == (2.5, 7, None)
     (plain,) = plans_of_run([line(0), line(1, plan={})], 2, 1).values()
     assert (plain.options, plain.turns) == ({}, 2)
 
@@ -79,9 +83,11 @@ def test_the_report_has_the_plans(results):
     start = lines.index("## Participation by plan")
     assert lines[start:start + 9] == [
         "## Participation by plan", "", "Means over the seeds.", "",
-        "| strategy | plan | clients % | turns | median peak % of need |", "| --- | --: | --: | --: | --: |",
-        "| fedprox | stage=1 | 25.0 | 1.0 | 80.0 |", "| fedprox | stage=2 | 25.0 | 1.0 | 60.0 |",
-        "| fedprox | full model | 0.0 | 1.0 | – |",  # a turn that ran out of memory
+        "| strategy | plan | clients % | turns | median peak % of need | up MiB | wall s | simulated s |",
+        "| --- | --: | --: | --: | --: | --: | --: | --: |",
+        "| fedprox | stage=1 | 25.0 | 1.0 | 80.0 | 1.50 | 0.250 | 12.0 |",
+        "| fedprox | stage=2 | 25.0 | 1.0 | 60.0 | 1.50 | 0.250 | 12.0 |",
+        "| fedprox | full model | 0.0 | 1.0 | – | – | – | – |",  # a turn that ran out of memory
     ]
     assert lines[start + 10] == "- plans of exclusivefl: 13 different ones, which are listed up to 12 only"
     assert lines[start + 11].startswith("- by plan: the options are those in metrics.jsonl")
@@ -89,14 +95,16 @@ def test_the_report_has_the_plans(results):
     text.show(results, Console(file=file, width=400, highlight=False))
     shown = file.getvalue()
     assert max(map(len, shown.splitlines())) <= 100
-    assert [row.split() for row in shown.splitlines() if "stage=2" in row] == [["fedprox", "stage=2", "25.0", "1.0", "60.0"]]
+    assert [row.split() for row in shown.splitlines() if "stage=2" in row] == [
+        ["fedprox", "stage=2", "25.0", "1.0", "60.0", "1.50", "0.250", "12.0"]]
     places = [shown.index(part) for part in ("accuracy", "stage=1", "plans of exclusivefl: 13", "target accuracy")]
     assert places == sorted(places)
     everything = json.loads(files.as_json(results, ORIGIN))
     plans = {entry["label"]: entry["plans"] for entry in everything["entries"]}
     assert plans["fedavg"] == {"count": 0, "rows": []}
-    assert plans["fedprox"]["rows"][0] == {"plan": "stage=1", "options": {"stage": 1}, "clients": 0.25, "turns": 1.0,
-                                           "peak_share": 0.8}
+    assert plans["fedprox"]["rows"][0] == {
+        "plan": "stage=1", "options": {"stage": 1}, "clients": 0.25, "turns": 1.0, "peak_share": 0.8, "bytes_up": 1.5 * 2**20,
+        "time_s": 0.25, "sim_time_s": 12.0}
     assert plans["exclusivefl"] == {"count": 13, "rows": []}
     assert "plans" not in everything["runs"][0]
 

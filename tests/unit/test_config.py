@@ -12,7 +12,7 @@ from dfed.registry import STRATEGIES
 from dfed.settings import settings_of
 
 CONFIGS = Path(__file__).parents[2] / "configs"
-SHIPPED = sorted(CONFIGS.rglob("*.yaml"))
+SHIPPED = sorted(path for path in CONFIGS.rglob("*.yaml") if path.parent.name != "train")  # which are for `dfed train`
 SMALL = {
     "rounds": 2,
     "cohort": 4,

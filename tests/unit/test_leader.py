@@ -134,12 +134,12 @@ def test_the_last_model_is_tested_once_and_nothing_else_changes(make, strategy, 
     monkeypatch.setattr(run.test_evaluator, "run", lambda *arguments: calls.append(1) or tested(*arguments))
     lead = leader_of(run, tmp_path / "tested")
     assert lead.lead() == 0
-    assert len(calls) == 1
+    assert len(calls) == 1 + sum(name != "global" for name in summary_of(tmp_path / "tested")["devices"]["using"])
     first, second = summary_of(tmp_path / "plain"), summary_of(tmp_path / "tested")
     test = second["test"]
     assert f"test accuracy {test['accuracy']:.4f}, loss {test['loss']:.4f}, of the last model" in capsys.readouterr().out
     assert {**second, "test": None, "time_s": 0, "tiers": []} == {**first, "time_s": 0, "tiers": []}
-    assert test.keys() == {"accuracy", "loss"}
+    assert test.keys() == {"accuracy", "loss", "device_accuracy"}
     assert test["loss"] != second["loss"]
     # The model as it is saved, on the test set of an ordinary run: the same model gives the same figures.
     other, _ = make(f"strategy={strategy}", "rounds=2")

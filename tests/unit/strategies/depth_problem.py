@@ -25,13 +25,14 @@ SHAPE, CLASSES = (1, 8, 8), 3
 class Small:
     """A strategy on a small chain with its forms and costs, as ``dfed.planning`` makes them, and first values."""
 
-    def __init__(self, strategy, model="cnn", options=None, *, shape=SHAPE, num_clients=5, client=None, **settings):
+    def __init__(self, strategy, model="cnn", options=None, *, shape=SHAPE, num_clients=5, client=None, budgets=(),
+                 tiers=("t",), **settings):
         self.chain = build_chain(model, CNN if options is None else options, input_shape=shape, num_classes=CLASSES)
         self.settings = ClientSettings(**{"batch_size": 8, "learning_rate": 0.05, **(client or {})})
         problem = Problem(
             chain=self.chain, splitting=Splitting.by_unit(self.chain.unit_names), phases=self.settings.phases,
-            num_clients=num_clients, seed=1, fits=lambda plan, budget: self.costs.fits(plan, budget),
-            budget_bytes=lambda plan: self.costs.budget_bytes(plan),
+            num_clients=num_clients, seed=1, budgets=budgets, tiers=tiers,
+            fits=lambda plan, budget: self.costs.fits(plan, budget), budget_bytes=lambda plan: self.costs.budget_bytes(plan),
         )
         self.strategy = STRATEGIES.get(strategy)(problem, **settings)
         self.values = dict(materialise(self.chain.skeleton(), rng.torch_generator(1, "init")).state_dict())
@@ -44,9 +45,9 @@ class Small:
         self.forms = Forms(self.strategy, self.strategy.splitting, self.shapes)
         self.costs = Costs(self.strategy, self.settings, self.forms, CPU)
 
-    def candidate(self, budget=None, *, client=3, round_index=0, infeasible=()):
+    def candidate(self, budget=None, *, client=3, round_index=0, infeasible=(), tier="t"):
         """A client with this budget, and the real planner."""
-        profile = DeviceProfile(tier="t", budget_bytes=budget, flops=1e9, up=1e6, down=1e6, watts=1.0, radio_watts=1.0,
+        profile = DeviceProfile(tier=tier, budget_bytes=budget, flops=1e9, up=1e6, down=1e6, watts=1.0, radio_watts=1.0,
                                 availability=1.0, dropout=0.0)
         return Candidate(client, round_index, 20, profile, ClientPlanner(self.costs, profile, 20, dict(infeasible)))
 
