@@ -6,14 +6,32 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
 
-__all__ = ["flop_counter", "flops_by_type"]
+__all__ = ["flop_counter", "flops_by_type", "forward_flops"]
 
 
 def flop_counter() -> FlopCounterMode:
     """A context that counts operations (a product and a sum are two) of all that runs inside; see ``get_total_flops``."""
     return FlopCounterMode(display=False, custom_mapping={torch.ops.aten.convolution_backward: _convolution_backward})
+
+
+def forward_flops(model: nn.Module, input_shape: tuple[int, ...]) -> int:
+    """Floating-point operations of the forward pass of one sample (a product and a sum are two), in evaluation mode.
+
+    Args:
+        model: On the meta device; left in evaluation mode.
+        input_shape: Of a sample.
+    """
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)  # attention as one operator is not counted
+    try:
+        with flop_counter() as counter, torch.no_grad():
+            model.eval()(torch.empty(1, *input_shape, device="meta"))
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+    return counter.get_total_flops()
 
 
 def flops_by_type(counter: FlopCounterMode) -> tuple[int, int]:

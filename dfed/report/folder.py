@@ -16,6 +16,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
+from torch import nn
 
 import dfed
 from dfed.checkpoint import params_sha256
@@ -28,6 +29,7 @@ from dfed.device_models import DeviceModels
 from dfed.errors import ConfigError, Fault
 from dfed.memory import MemorySettings
 from dfed.metrics import finite
+from dfed.planner.flops import forward_flops
 from dfed.planning import Planning
 from dfed.state import ServerState
 from dfed.yaml_io import dump_yaml
@@ -166,7 +168,7 @@ class RunFolder(Folder):
             "accuracy": evaluation.accuracy if evaluation else None,
             "loss": evaluation.loss if evaluation else None,
             "test": None if test is None else {**_figures(test[0]), "device_accuracy": _of_devices(models, *test)},
-            "variants": {name: _figures(found) for name, found in variants.items()},
+            "variants": _variants(job, state, variants),
             "devices": None if models is None else models.to_json(),
             "device_accuracy": None if evaluation is None else _of_devices(models, evaluation, variants),
             "params_sha256": params_sha256(state.params),
@@ -201,6 +203,28 @@ def _full_training(config: Config, job: Job) -> tuple[int | None, int | None]:
     except Exception as error:
         logger.warning("what plain training of the full model needs cannot be predicted: %s: %s", type(error).__name__, error)
         return None, None
+
+
+def _variants(job: Job, state: ServerState, variants: Mapping[str, Evaluation]) -> dict[str, dict[str, Any]]:
+    """Of each sub-model its figures, and what it costs to have it and to use it."""
+    found = {}
+    for name, plan in job.strategy.variants(state).items() if variants else ():
+        model = job.strategy.build(plan)
+        found[name] = {
+            **_figures(variants[name]),
+            "num_params": sum(parameter.numel() for parameter in model.parameters()),
+            "num_bytes": sum(4 * tensor.numel() for tensor in model.state_dict().values() if tensor.is_floating_point()),
+            "forward_flops": _forward_flops(name, model, job),
+        }
+    return found
+
+
+def _forward_flops(name: str, model: nn.Module, job: Job) -> int | None:
+    try:
+        return forward_flops(model, job.strategy.problem.chain.input_shape)
+    except Exception as error:  # of a model that computes on real tensors only: the run is done, and has its summary
+        logger.warning("the operations of %s cannot be counted: %s: %s", name, type(error).__name__, error)
+        return None
 
 
 def _figures(found: Evaluation) -> dict[str, Any]:
