@@ -111,6 +111,7 @@ def save_tensors(folder: Path, kind: str, number: int, saved: Saved, fingerprint
     partial, replaced = folder / f".{name}.partial", folder / f".{name}.replaced"
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        _put_back(folder, kind)
         for stale in (*folder.glob(f".{kind}_*.partial"), *folder.glob(f".{kind}_*.replaced")):
             shutil.rmtree(stale, ignore_errors=True)
         partial.mkdir()
@@ -175,6 +176,8 @@ def latest_saved(folder: Path, kind: str, fingerprint: str, made_of: Callable[[S
         made_of: Makes of a checkpoint what it stands for; what it raises of a ``KeyError`` or the like means damage.
     """
     problems = []
+    with contextlib.suppress(OSError):  # where nothing can be written
+        _put_back(folder, kind)
     for _, path in _numbered(folder, kind):
         try:
             return _read(path, fingerprint, made_of)
@@ -233,6 +236,14 @@ def client_versions(folder: Path) -> list[dict[int, int]]:
         with contextlib.suppress(OSError, SafetensorError), safe_open(path / "state.safetensors", framework="pt") as file:
             found.append(dict(file.get_tensor("clients").tolist()))
     return found
+
+
+def _put_back(folder: Path, kind: str) -> None:
+    """A checkpoint that was set aside for one that never came, as the process was killed in between, comes back."""
+    for replaced in folder.glob(f".{kind}_*.replaced"):
+        target = folder / replaced.name.removeprefix(".").removesuffix(".replaced")
+        if not target.exists():
+            replaced.rename(target)
 
 
 def _numbered(folder: Path, kind: str) -> list[tuple[int, Path]]:

@@ -70,6 +70,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except DfedError as error:
         print(f"dfed: rank {rank}: {type(error).__name__}: {error}", file=sys.stderr)
         return EXIT_FAILED
+    except OSError as error:
+        print(f"dfed: rank {rank}: a file cannot be read or written: {error}", file=sys.stderr)
+        return EXIT_FAILED
 
 
 def _has_output(rank: int) -> bool:
@@ -228,6 +231,7 @@ def _run(words: list[str], options: argparse.Namespace) -> int:
     if int(os.environ.get("RANK", "0")) == 0:
         if resume:
             # Before anything is written: a checkpoint of another config is refused, and its folder stays as it is.
+            RunFolder(out).check_kind()
             device, begun = choose_device(config.backend).type, None
             with contextlib.suppress(ConfigError):  # a damaged file says nothing: the checkpoint knows its own config
                 begun = load_config(out / "config.yaml")

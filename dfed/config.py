@@ -169,6 +169,9 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = (), base: Ma
 
 
 def _validate(raw: Mapping[str, Any], faults: list[Fault]) -> Config:
+    if "method" in raw and "strategy" not in raw:
+        message = "belongs to training on one device, which `dfed train` runs; a federation has a `strategy`."
+        raise ConfigError([Fault("method", message)])
     for key in raw:
         if key not in _TOP_LEVEL:
             faults.append(Fault(str(key), unknown_setting(str(key), _TOP_LEVEL)))

@@ -15,7 +15,7 @@ from dfed.state import ServerState
 
 __all__ = ["DeviceModels", "device_models"]
 
-_MOST_KINDS = 1000
+_MOST_CASES = 1000
 
 
 @dataclass(frozen=True)
@@ -56,17 +56,17 @@ class DeviceModels:
 def device_models(job: Job, state: ServerState) -> DeviceModels:
     """Who could use what after ``state``: the variant that belongs to the plan that each device would have in a next round.
 
-    Devices that are equal are asked for once. Of more than 1,000 kinds of devices so many are asked, at equal distances, and
-    stand for the others.
+    Equal devices with equally many samples are asked for once, unless what they can send is drawn. Of more than 1,000 cases so
+    many are asked, at equal distances, and stand for the others.
     """
-    kinds, sizes, asked = job.fleet.kinds(), job.partition.sizes(), job.asked(state)
+    sizes, asked = job.partition.sizes(), job.asked(state)
     have_data = np.flatnonzero(sizes > 0)
-    _, first, counts = np.unique(kinds[have_data], return_index=True, return_counts=True)
-    if len(first) > _MOST_KINDS:
-        ends = np.linspace(0, len(first), _MOST_KINDS + 1).astype(int)
+    _, first, counts = np.unique(asked.cases()[have_data], return_index=True, return_counts=True)
+    if len(first) > _MOST_CASES:
+        ends = np.linspace(0, len(first), _MOST_CASES + 1).astype(int)
         counts = np.add.reduceat(counts, ends[:-1])
         first = first[ends[:-1]]
-    devices, without = Counter[str | None](), len(kinds) - len(have_data)
+    devices, without = Counter[str | None](), len(sizes) - len(have_data)
     for client, count in zip(have_data[first].tolist(), counts.tolist(), strict=True):
         plan = asked.plan(client)
         if plan is None:

@@ -47,15 +47,20 @@ class Asked:
         Of the clients with equal devices and equally many samples only the first is asked for, unless what they can send is
         drawn.
         """
+        _, first, case_of = np.unique(self.cases(), return_index=True, return_inverse=True)
+        found = [self.cost(client) for client in first.tolist()]
+        return np.array([np.nan if cost is None else cost for cost in found])[case_of]
+
+    def cases(self) -> np.ndarray:
+        """A number for each client, int64 (num_clients,): equal for those with equal devices and equally many samples, unless
+        what they can send is drawn."""
         kinds, sizes = self._fleet.kinds(), self._partition.sizes()
         cases = kinds * (int(sizes.max()) + 1) + sizes
         for kind in np.unique(kinds):
             alike = np.flatnonzero(kinds == kind)
             if self._fleet.profile(int(alike[0])).draws_upload:
                 cases[alike] = cases.max() + 1 + np.arange(len(alike))
-        _, first, case_of = np.unique(cases, return_index=True, return_inverse=True)
-        found = [self.cost(client) for client in first.tolist()]
-        return np.array([np.nan if cost is None else cost for cost in found])[case_of]
+        return cases
 
     def view(self, *, seed: int, rounds: int) -> View:
         """What a sampler that remembers may ask."""

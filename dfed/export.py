@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import shutil
@@ -144,7 +145,9 @@ def write(trained: Trained, variant: str | None, out: Path) -> dict[str, Any]:
         program = _program(model, trained.prepared.data.train.shape)
         try:
             save_file(model.state_dict(), folder / WEIGHTS, metadata={"format": "pt"})
-            torch.export.save(program, folder / PROGRAM)
+            written = io.BytesIO()  # torch's own writer ends the process where the disk is full
+            torch.export.save(program, written)
+            (folder / PROGRAM).write_bytes(written.getvalue())
             (folder / WEIGHTS).chmod((folder / PROGRAM).stat().st_mode)  # safetensors lets nobody else read what it writes
         except (OSError, RuntimeError, SafetensorError) as error:  # torch's writer raises RuntimeError
             raise DfedError(f"the export cannot be written to {out}: {error}") from error

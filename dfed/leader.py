@@ -24,7 +24,7 @@ from dfed.metrics import MetricsWriter, add_totals, empty_totals
 from dfed.report.console import Console, causes
 from dfed.report.folder import RunFolder
 from dfed.round import lead_round, take_part
-from dfed.run import Run, StopFlag, assemble, prepare
+from dfed.run import Prepared, Run, StopFlag, assemble, prepare
 from dfed.state import ServerState, as_saved
 
 __all__ = ["EXIT_STOPPED", "Leader", "execute", "follow"]
@@ -46,8 +46,15 @@ def execute(config: Config, *, folder: RunFolder | None, state: ServerState | No
     """
     start = time.perf_counter()
     prepared = prepare(config, choose_device(config.backend))
-    if folder is not None:
-        folder.create(config)  # not before: what cannot run leaves nothing behind
+    if folder is None:
+        return _carry_out(prepared, None, state, start)
+    with folder.held():  # not before: what cannot run leaves nothing behind
+        folder.create(config)
+        return _carry_out(prepared, folder, state, start)
+
+
+def _carry_out(prepared: Prepared, folder: RunFolder | None, state: ServerState | None, start: float) -> int:
+    config = prepared.config
     link = join(config.backend, prepared.device)
     stop = StopFlag()
     stop.install()  # not before: there was nothing to save, and a rank that waits for the others would not notice

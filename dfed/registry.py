@@ -199,6 +199,8 @@ SERVER_OPTIMIZERS = Registry("server optimiser", {
 METHODS = Registry("method", {
     "bp": "dfed.central.bp:BP",
     "flextrain": "dfed.central.flextrain:CentralFlexTrain",
+    "local": "dfed.central.local:ClassicLocal",
+    "neuroflux": "dfed.central.neuroflux:NeuroFlux",
 })
 CODECS = Registry("codec", {
     "bf16": "dfed.comm.codecs:BF16",

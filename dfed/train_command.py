@@ -35,6 +35,7 @@ def train(file: Path, overrides: Sequence[str], out: Path, resume: bool) -> int:
     config, folder, state = load_train_config(file, overrides), Folder(out), None
     device = choose_device(config.backend)
     if resume:
+        folder.check_kind()
         begun = None
         with contextlib.suppress(ConfigError):  # a damaged file says nothing: the checkpoint knows its own config
             begun = load_train_config(out / "config.yaml")
@@ -51,9 +52,10 @@ def train(file: Path, overrides: Sequence[str], out: Path, resume: bool) -> int:
         raise ConfigError([Fault("training.epochs", message)])
     if config.fleet is not None and not prepared.method.heeds_fleet:
         logger.warning("the config's `fleet` makes no difference to the method '%s' with these options", config.method.name)
-    folder.create(config)  # not before: what cannot be trained leaves nothing behind
-    folder.write_environment(join(config.backend, device), config)
-    stop = StopFlag()
-    trainer = Trainer(prepared, folder, state=state, stop=stop)
-    stop.install()  # not before: there was nothing to save
-    return trainer.train()
+    with folder.held():  # not before: what cannot be trained leaves nothing behind
+        folder.create(config)
+        folder.write_environment(join(config.backend, device), config)
+        stop = StopFlag()
+        trainer = Trainer(prepared, folder, state=state, stop=stop)
+        stop.install()  # not before: there was nothing to save
+        return trainer.train()

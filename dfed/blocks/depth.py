@@ -83,8 +83,8 @@ def check_names(chain: Chain, names: Collection[str]) -> None:
     """
     taken = [name for name in names if name in chain.unit_names or hasattr(chain, name)]
     if taken:
-        message = f"must have a model with no unit called {' or '.join(taken)}, which this method's own modules are called."
-        raise ConfigError([Fault("strategy", message)])
+        message = f"must have no unit called {' or '.join(taken)}, which this method's own modules are called."
+        raise ConfigError([Fault("model", message)])
 
 
 class ExitChain(Chain):

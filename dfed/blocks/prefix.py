@@ -16,9 +16,11 @@ from dfed.blocks.depth import pad_to, paddable
 from dfed.errors import ConfigError, Fault
 from dfed.models import Chain
 
-__all__ = ["TO_HEAD", "PrefixChain", "Shortcut", "body_stops", "subsample_to"]
+__all__ = ["RESERVED", "TO_HEAD", "PrefixChain", "Shortcut", "body_stops", "subsample_to"]
 
 TO_HEAD = "to_head"  # the unit without parameters between body and head
+RESERVED = (TO_HEAD, "prefix_stops", "_last_linear")
+"""Names that no unit of the full model may have."""
 
 
 def subsample_to(x: Tensor, shape: tuple[int, ...]) -> Tensor:

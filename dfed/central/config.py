@@ -69,22 +69,24 @@ class TrainConfig:
     def fingerprint(self, device: str = "cpu") -> str:
         """Hash of what decides the trained bits: a checkpoint is only continued under the same one.
 
-        Not part of it: where data lie, what is measured and saved, the simulated device, the memory budget (and without a
-        fleet how it is kept), and the number of epochs, which may be extended unless the learning rate follows it.
+        Not part of it: where data lie, what is measured and saved, the simulated device; unless the method goes by them (see
+        :meth:`Method.keyed_by`) the memory budget (and without a fleet how it is kept), and the number of epochs, which may be
+        extended if the learning rate does not follow it, either.
 
         Args:
             device: Kind of device that is trained on, ``cpu`` or ``cuda``; part of the hash.
         """
-        value = self.to_dict()
+        value, keyed = self.to_dict(), METHODS.get(self.method.name).keyed_by(self.method.options)
         for name in ("backend", "metrics", "checkpoint", "device"):
             del value[name]
         for name in ("root", "cache", "download"):
             del value["data"][name]
-        del value["memory"]["budget"]
-        if self.fleet is None:  # which of its devices fit a depth follows from how they are held to their budgets
-            del value["memory"]
+        if "memory" not in keyed:
+            del value["memory"]["budget"]
+            if self.fleet is None:  # which of its devices fit a depth follows from how they are held to their budgets
+                del value["memory"]
         value["on"] = [device, self.backend.threads]  # sums inside kernels depend on how they are shared out
-        if self.training.schedule.name != "cosine":
+        if self.training.schedule.name != "cosine" and "epochs" not in keyed:
             del value["training"]["epochs"]
         if self.fleet is not None and self.fleet.csv is not None:
             path = Path(self.fleet.csv)  # what it holds counts; a missing file is the fleet's to report

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import functools
+import math
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from dfed.central.method import VariantCosts
+from dfed.central.peaks import Peaks
 from dfed.central.session import Session
 from dfed.memory import predict_course
 from dfed.planner.costs import what_counts
@@ -17,7 +20,7 @@ from dfed.planner.store import describe
 if TYPE_CHECKING:
     from dfed.central.prefix_method import PrefixMethod
 
-__all__ = ["prefix_costs"]
+__all__ = ["prefix_costs", "prefix_peak", "prefix_peaks"]
 
 _CPU = torch.device("cpu")
 _FLOP_BATCH = 2  # batch norm in training wants more than one value a channel
@@ -29,10 +32,9 @@ def prefix_costs(method: PrefixMethod, depth: int) -> VariantCosts:
     """Costs of a depth, and of a step that trains it while the optimiser holds its tensors for all that is trained."""
     settings, model = method.problem.settings, method.build(depth)
     batch = min(settings.batch_size, method.problem.data.num_samples)
-    depends = ["central", describe(method.problem.chain, method), what_counts(settings), method.training_key(), method.stops,
-               method.deepest, depth]
-    store = method.problem.store
-    peak = store.get([*depends, "peak", batch], lambda: _peak(method, depth, batch))
+    depends, store = _depends(method, depth), method.problem.store
+    micro = method.micro_batch
+    peak = prefix_peak(method, depth, batch if micro is None else micro)
     work = store.get([*depends, "flops"], lambda: _training_flops(method, depth))
     forward = store.get([*depends, "forward"], lambda: _forward_flops(method, depth))
     return VariantCosts(
@@ -42,15 +44,38 @@ def prefix_costs(method: PrefixMethod, depth: int) -> VariantCosts:
     )
 
 
-def _peak(method: PrefixMethod, depth: int, batch: int) -> int:
+def _depends(method: PrefixMethod, depth: int) -> list[Any]:
+    """What predictions for a depth depend on."""
+    return ["central", describe(method.problem.chain, method), what_counts(method.problem.settings), method.training_key(),
+            method.stops, method.deepest, depth]
+
+
+def prefix_peaks(method: PrefixMethod, depth: int) -> Peaks:
+    """Predicted peak of steps on whole mini-batches, by their size, all that training keeps between them included."""
+    course = functools.partial(_course, method, depth, micro=None)
+    return Peaks(method.problem.store, [*_depends(method, depth), "peak"], course)
+
+
+def prefix_peak(method: PrefixMethod, depth: int, size: int) -> int:
+    """Predicted peak of steps on mini-batches as configured, of which ``size`` samples pass at a time."""
+    problem = method.problem
+    batch = min(problem.settings.batch_size, problem.data.num_samples)
+    if size >= batch:
+        return prefix_peaks(method, depth).alone(batch)
+    depends = [*_depends(method, depth), "micro"]
+    peaks = Peaks(problem.store, depends, lambda micro: _course(method, depth, 2 * micro, micro=micro))
+    return peaks.at(size) + max(0, batch - 2 * size) * 4 * math.prod(problem.chain.input_shape)  # of which two parts are there
+
+
+def _course(method: PrefixMethod, depth: int, batch: int, micro: int | None) -> list[int]:
     before, session = method.new_session(_CPU), method.new_session(_CPU)
 
     def work(loaded: Loaded) -> None:
         session.load(*loaded, 1.0)
         for _ in range(2):  # the second finds the first one's mini-batch and gradients
-            _step(session, method, depth, batch)
+            _step(session, method, depth, batch, micro)
 
-    return max(predict_course(lambda: _trained(before, method), work))
+    return predict_course(lambda: _trained(before, method), work)
 
 
 def _training_flops(method: PrefixMethod, depth: int) -> list[float]:
@@ -93,7 +118,7 @@ def _trained(session: Session, method: PrefixMethod) -> Loaded:
     return loaded
 
 
-def _step(session: Session, method: PrefixMethod, depth: int, batch: int) -> None:
+def _step(session: Session, method: PrefixMethod, depth: int, batch: int, micro: int | None = None) -> None:
     session.model.set_generator(torch.Generator())
     x = torch.empty(batch, *method.problem.chain.input_shape)
-    session.step(x, torch.zeros(batch, dtype=torch.int64), method.loss_at(depth))  # type: ignore[arg-type]
+    session.step(x, torch.zeros(batch, dtype=torch.int64), method.loss_at(depth), micro)  # type: ignore[arg-type]

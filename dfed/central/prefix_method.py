@@ -15,19 +15,17 @@ from torch import Tensor, nn
 
 from dfed import rng
 from dfed.blocks import check_names, cut_points
-from dfed.blocks.prefix import TO_HEAD, PrefixChain, body_stops
+from dfed.blocks.prefix import RESERVED, PrefixChain, body_stops
 from dfed.central.clock import StepClock
 from dfed.central.costs import prefix_costs
 from dfed.central.method import Method, Outcome, Problem, VariantCosts
 from dfed.central.session import Session
 from dfed.central.state import Tally, TrainState
+from dfed.central.watch import LossWatch
 from dfed.data import AUGMENTATIONS, client_batches
-from dfed.errors import TrainingFailed
 from dfed.models import materialise
 
 __all__ = ["PrefixMethod", "variant_name"]
-
-_LOOK = 50  # on a GPU, steps between looks at the loss, each of which waits for the device
 
 
 def variant_name(depth: int) -> str:
@@ -47,13 +45,17 @@ class PrefixMethod(Method):
     Attributes:
         stops: Units of the body at each depth, ascending.
         deepest: The largest depth that is trained; what lies beyond it is no part of the training.
+        micro_batch: Samples that pass at a time; None: a whole mini-batch.
+        rate_share: Factor on the learning rate, beside the schedule's.
     """
 
     deepest: int
+    micro_batch: int | None = None
+    rate_share = 1.0
 
     def __init__(self, problem: Problem, *, depths: int, cuts: list[str] | None):
         super().__init__(problem)
-        check_names(problem.chain, [TO_HEAD])
+        check_names(problem.chain, RESERVED)
         self.stops = body_stops(problem.chain, cut_points(problem.chain, depths, cuts))
 
     @abstractmethod
@@ -108,8 +110,8 @@ class PrefixMethod(Method):
 
     def epoch(self, state: TrainState, stopped: Callable[[], bool]) -> Outcome:
         settings, session, device = self.problem.settings, self._session, self.problem.device
-        session.load(state.tensors, state.slots, settings.schedule.at(state.epoch, settings.epochs))
-        tally, clock, watch, step = Tally(), StepClock(device), _LossWatch(device), state.step
+        session.load(state.tensors, state.slots, settings.schedule.at(state.epoch, settings.epochs) * self.rate_share)
+        tally, clock, watch, step = Tally(), StepClock(device), LossWatch(device), state.step
         for x, y in itertools.islice(self._batches(state.epoch), state.step, None):
             number = state.epoch * self.steps_per_epoch + step
             depth = self.depth_of(number)
@@ -117,7 +119,7 @@ class PrefixMethod(Method):
                 session.model.set_generator(rng.device_generator(device, self.problem.seed, "layers", number))
             x, y = x.to(device), y.to(device)
             with clock.step(variant_name(depth)):
-                loss = session.step(x, y, self.loss_at(depth))  # type: ignore[arg-type]
+                loss = session.step(x, y, self.loss_at(depth), self.micro_batch)  # type: ignore[arg-type]
             tally.add(variant_name(depth), len(y))
             watch.add(loss, len(y), state.epoch, step)
             step += 1
@@ -128,6 +130,9 @@ class PrefixMethod(Method):
         done, rest = divmod(step, self.steps_per_epoch)
         after = TrainState(epoch=state.epoch + done, step=rest, tensors=tensors, slots=slots, totals=state.totals)
         return Outcome(state=after, tally=tally)
+
+    def learning_rate_at(self, epoch: int) -> float:
+        return super().learning_rate_at(epoch) * self.rate_share
 
     def _batches(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
         settings, data = self.problem.settings, self.problem.data
@@ -140,7 +145,7 @@ class PrefixMethod(Method):
         self._session.unload()
 
     def rehearse(self, num_samples: int) -> None:
-        device, session = self.problem.device, self._session
+        device, session, num_samples = self.problem.device, self._session, min(num_samples, self.problem.settings.batch_size)
         empty = {name: torch.zeros(value.shape, dtype=value.dtype) for name, value in self.build().state_dict().items()}
         with contextlib.suppress(Exception):
             session.load(empty, {}, 1.0)
@@ -149,7 +154,7 @@ class PrefixMethod(Method):
                 if self.share_of(depth):
                     x = torch.zeros(num_samples, *self.problem.chain.input_shape, device=device)
                     y = torch.zeros(num_samples, dtype=torch.int64, device=device)
-                    session.step(x, y, self.loss_at(depth))  # type: ignore[arg-type]
+                    session.step(x, y, self.loss_at(depth), self.micro_batch)  # type: ignore[arg-type]
         session.unload()
 
     def variants(self) -> Mapping[str, Callable[[], nn.Module]]:
@@ -161,33 +166,3 @@ class PrefixMethod(Method):
     @functools.cached_property
     def _costs(self) -> Mapping[str, VariantCosts]:
         return {variant_name(depth): prefix_costs(self, depth) for depth in range(1, self.deepest + 1)}
-
-
-class _LossWatch:
-    """Adds up losses, and looks whether they are finite without waiting for a GPU at every step."""
-
-    def __init__(self, device: torch.device):
-        self._every = _LOOK if device.type == "cuda" else 1
-        self._sum = torch.zeros((), dtype=torch.float64, device=device)
-        self._lost = torch.full((), -1, dtype=torch.int64, device=device)
-
-    def add(self, loss: Tensor, num_samples: int, epoch: int, step: int) -> None:
-        """The mean loss of a mini-batch."""
-        self._sum.add_(loss.double(), alpha=num_samples)
-        if self._every == 1:
-            self._lost.fill_(-1 if torch.isfinite(loss) else step)
-        else:
-            self._lost = torch.where((self._lost < 0) & ~torch.isfinite(loss), step, self._lost)
-        if (step + 1) % self._every == 0:
-            self._look(epoch)
-
-    def sum(self, epoch: int) -> float:
-        """Of all that was added."""
-        self._look(epoch)
-        return float(self._sum)
-
-    def _look(self, epoch: int) -> None:
-        step = int(self._lost)
-        if step >= 0:
-            raise TrainingFailed(f"the loss must be a finite number, but is not in epoch {epoch + 1}, step {step + 1}: check "
-                                 "the data and the learning rate (`training.learning_rate`, `training.clip_norm`).")

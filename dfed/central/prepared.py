@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -24,7 +23,6 @@ from dfed.fleet.budget import TooSmall, resolve_memory
 from dfed.memory import check_cap
 from dfed.models import Chain
 from dfed.planner import Store, chain_costs
-from dfed.planner.costs import margins
 from dfed.planner.ways import too_few_values
 from dfed.registry import METHODS, calling
 from dfed.run import build_model, check_host
@@ -51,8 +49,7 @@ class Prepared:
 
     def needed_bytes(self, peak_bytes: int) -> int:
         """The smallest budget that is sure to do for a predicted peak."""
-        share, overhead_bytes = margins(self.device, self.config.memory.enforce == "predicted")
-        return math.ceil(peak_bytes * (1 + share)) + overhead_bytes
+        return self.method.problem.needed_bytes(peak_bytes)
 
     @property
     def held_out(self) -> Dataset:
@@ -96,8 +93,12 @@ def prepare(config: TrainConfig, device: torch.device) -> Prepared:
         fleet = Fleet.from_settings(config.fleet, seed=config.seed, full_peak_bytes=full_bytes)
     check_cap(config.memory, device, has_budgets=budget is not None)
     problem = Problem(chain=chain, data=data.train, settings=config.training, seed=config.seed, device=device, store=store,
-                      by_prediction=by_prediction, fleet=fleet)
+                      budget_bytes=budget, by_prediction=by_prediction, fleet=fleet)
     method = _method(config, problem)
+    if method.needs_validation and config.metrics.split != "validation":
+        message = (f"must be 'validation' for the method '{config.method.name}' with these options, which chooses a model by "
+                   f"its accuracy, but is '{config.metrics.split}'.")
+        raise ConfigError([Fault("metrics.split", message)])
     _check_costs(config, method)
     return Prepared(config=config, device=device, data=data, method=method, budget_bytes=budget)
 
@@ -131,14 +132,15 @@ def _check_costs(config: TrainConfig, method: Method) -> None:
     try:
         with calling("model", config.model.name):
             method.costs()
-    except ConfigError:
-        raise
-    except ValueError as error:
-        reason = too_few_values(error)
+    except ValueError as error:  # a ConfigError is one, with the model's own behind it
+        reason = next((too_few_values(each) for each in (error, error.__cause__)
+                       if isinstance(each, ValueError) and too_few_values(each) is not None), None)
         if reason is None:
             raise
-        message = f"must be one at which '{config.model.name}' can be trained, but is {config.training.batch_size}: {reason}."
-        raise ConfigError([Fault("training.batch_size", message)]) from error
+        batch_size, num_samples = config.training.batch_size, method.problem.data.num_samples
+        field, count = ("training.batch_size", batch_size) if batch_size <= num_samples else ("data.train_samples", num_samples)
+        message = f"must be one at which '{config.model.name}' can be trained, but is {count}: {reason}."
+        raise ConfigError([Fault(field, message)]) from error
 
 
 def _method(config: TrainConfig, problem: Problem) -> Method:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from dfed.central.method import VariantCosts
 from dfed.central.prepared import Prepared
 from dfed.central.state import Tally, TrainState
 from dfed.checkpoint import params_sha256
@@ -29,7 +30,7 @@ def summary_of(prepared: Prepared, state: TrainState, evaluations: Mapping[str, 
     config, method, totals = prepared.config, prepared.method, state.totals
     costs, tally = method.costs(), Tally(**totals["tally"])
     last, num_steps = list(costs)[-1], sum(tally.steps.values())
-    flops = sum(costs[kind].training_flops * visits for kind, visits in tally.visits.items())
+    flops = sum(costs[kind].training_flops * visits for kind, visits in tally.visits.items()) + tally.other_flops
     int8_flops = sum(costs[kind].int8_flops * visits for kind, visits in tally.visits.items())
     device = config.device
     profile = DeviceProfile(
@@ -53,13 +54,7 @@ def summary_of(prepared: Prepared, state: TrainState, evaluations: Mapping[str, 
         "variants": {name: {
             **(_figures(evaluations[name]) if name in evaluations else {"accuracy": None, "loss": None}),
             **({"test": _figures(test[name])} if name in test else {}),
-            "num_params": cost.num_params,
-            "bytes": cost.num_bytes,
-            "forward_flops": cost.forward_flops,
-            "training_flops": cost.training_flops,
-            "predicted_bytes": cost.peak_bytes,
-            "needed_bytes": prepared.needed_bytes(cost.peak_bytes),
-            "share": cost.share,
+            **_costs(prepared, cost),
             "steps": tally.steps.get(name, 0),
             "step_share": tally.steps.get(name, 0) / num_steps if num_steps else None,
             "step_s": tally.seconds[name] / tally.steps[name] if tally.seconds.get(name) else None,
@@ -79,6 +74,18 @@ def summary_of(prepared: Prepared, state: TrainState, evaluations: Mapping[str, 
         "energy_j": simulated.energy_j,
         "measured_j": measured[0],
         "measured_j_missing": measured[1],
+    }
+
+
+def _costs(prepared: Prepared, cost: VariantCosts) -> dict[str, Any]:
+    return {
+        "num_params": cost.num_params,
+        "bytes": cost.num_bytes,
+        "forward_flops": cost.forward_flops,
+        "training_flops": cost.training_flops,
+        "predicted_bytes": cost.peak_bytes,
+        "needed_bytes": prepared.needed_bytes(cost.peak_bytes),
+        "share": cost.share,
     }
 
 
@@ -108,6 +115,11 @@ class TrainScreen(Screen):
                 "yes" if budget is None or needs <= budget else "no",
             ])
         self._try(lambda: self._terminal.print(table))
+        if (blocks := method.table()) is not None:
+            order = tables.make_table(*blocks[0])
+            for row in blocks[1]:
+                tables.add_row(order, row)
+            self._try(lambda: self._terminal.print(order))
         self._say(f"folder: {path}" + (f"; going on after {_place(state)}" if state.epoch or state.step else ""))
 
     def epoch_done(self, row: Mapping[str, Any], num_epochs: int) -> None:
@@ -132,6 +144,10 @@ class TrainScreen(Screen):
                 f"{found['num_params']:,}", f"{found['accuracy']:.4f}", f"{found['loss']:.4f}",
             ])
         self._try(lambda: self._terminal.print(table))
+        if (chosen := summary.get("exit")) is not None:
+            self._say(f"chosen: {chosen['name']} ({chosen['param_share']:.1%} of the parameters, accuracy "
+                      f"{chosen['accuracy']:.4f}, {chosen['samples_per_s']:,.0f} samples/s; the whole model "
+                      f"{chosen['full_samples_per_s']:,.0f})")
         if summary["test"] is not None:
             self._say(f"test accuracy {summary['test']['accuracy']:.4f}, loss {summary['test']['loss']:.4f}")
         joules = summary["measured_j"]

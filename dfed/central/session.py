@@ -57,17 +57,39 @@ class Session:
                     slot: value.to(self._device, copy=True) for slot, value in slots[name].items()
                 }
 
-    def step(self, x: Tensor, y: Tensor, loss_of: Loss) -> Tensor:
-        """One optimiser step; returns the loss, a scalar without gradient."""
+    def step(self, x: Tensor, y: Tensor, loss_of: Loss, micro_batch: int | None = None) -> Tensor:
+        """One optimiser step; returns the loss, a scalar without gradient.
+
+        Args:
+            micro_batch: The gradient of the mini-batch is added up over parts, of at most so many samples and as equal as can
+                be, weighted by their numbers of samples; None: it is passed as a whole.
+        """
         assert self._optimizer is not None, "load the session first"
         self._optimizer.zero_grad(set_to_none=True)
-        with torch.autocast(self._device.type, torch.bfloat16, enabled=self._settings.precision == "bf16"):
-            loss = loss_of(self.model, x, y)
-        loss.backward()
+        if micro_batch is None or micro_batch >= len(y):
+            loss = self._backward(x, y, loss_of, None)
+        else:
+            count = -(-len(y) // micro_batch)
+            parts = zip(x.tensor_split(count), y.tensor_split(count), strict=True)
+            loss = torch.stack([self._backward(*part, loss_of, len(part[1]) / len(y)) for part in parts]).sum()
         if self._settings.clip_norm is not None:
             nn.utils.clip_grad_norm_(self.model.parameters(), self._settings.clip_norm)
         self._optimizer.step()
+        return loss
+
+    def _backward(self, x: Tensor, y: Tensor, loss_of: Loss, share: float | None) -> Tensor:
+        """Add the gradient of a mini-batch, or of a part that is such a share of it; returns the loss, likewise weighted."""
+        with torch.autocast(self._device.type, torch.bfloat16, enabled=self._settings.precision == "bf16"):
+            loss = loss_of(self.model, x, y)
+        if share is not None:
+            loss = loss * share
+        loss.backward()
         return loss.detach()
+
+    def drop_gradients(self) -> None:
+        """Let go of the gradients of the last step."""
+        assert self._optimizer is not None, "load the session first"
+        self._optimizer.zero_grad(set_to_none=True)
 
     def take(self) -> tuple[dict[str, Tensor], dict[str, dict[str, Tensor]]]:
         """The model's tensors and the optimiser's, by name: those that are trained, no copies."""

@@ -26,6 +26,7 @@ class TrainState:
         tensors: Parameters and buffers of the model, by name.
         slots: The optimiser's tensors, by parameter and slot.
         totals: What the summary is made of; JSON values.
+        facts: What else the method must know to go on; JSON values.
     """
 
     epoch: int = 0
@@ -33,6 +34,7 @@ class TrainState:
     tensors: Mapping[str, Tensor]
     slots: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
     totals: Mapping[str, Any]
+    facts: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass
@@ -43,12 +45,14 @@ class Tally:
         loss_sum: Sum over all visits of their mini-batch's mean loss.
         steps, visits, seconds: By kind of step, of which the name says which sub-model it trains: how many, the samples that
             passed through the model, and the wall time, from a mini-batch on the device to the end of the optimiser's step.
+        other_flops: Floating-point operations of what is no step.
     """
 
     loss_sum: float = 0.0
     steps: dict[str, int] = field(default_factory=dict)
     visits: dict[str, int] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
+    other_flops: float = 0.0
 
     def add(self, kind: str, num_samples: int) -> None:
         """One step."""
@@ -60,7 +64,7 @@ class Tally:
         return Tally(self.loss_sum + other.loss_sum, *(
             {kind: mine.get(kind, 0) + theirs.get(kind, 0) for kind in sorted({*mine, *theirs})}
             for mine, theirs in ((self.steps, other.steps), (self.visits, other.visits), (self.seconds, other.seconds))
-        ))
+        ), self.other_flops + other.other_flops)
 
 
 def empty_totals() -> dict[str, Any]:
@@ -78,7 +82,8 @@ def save_state(folder: Path, state: TrainState, fingerprint: str, keep: int) -> 
     tensors = {f"params/{name}": value for name, value in state.tensors.items()}
     for name, slots in state.slots.items():
         tensors |= {f"slots/{slot}/{name}": value for slot, value in slots.items()}
-    header = {"epoch": state.epoch, "step": state.step, "totals": state.totals, "params": list(state.tensors)}
+    header = {"epoch": state.epoch, "step": state.step, "totals": state.totals, "facts": state.facts,
+              "params": list(state.tensors)}
     save_tensors(folder, _EPOCH, state.epoch, Saved(header, tensors), fingerprint, keep)
 
 
@@ -99,4 +104,5 @@ def _state_of(saved: Saved) -> TrainState:
             slot, _, name = rest.partition("/")
             slots.setdefault(name, {})[slot] = value
     params = {name: saved.tensors[f"params/{name}"] for name in header["params"]}  # the file has an order of its own
-    return TrainState(epoch=header["epoch"], step=header["step"], tensors=params, slots=slots, totals=header["totals"])
+    return TrainState(epoch=header["epoch"], step=header["step"], tensors=params, slots=slots, totals=header["totals"],
+                      facts=header["facts"])

@@ -15,6 +15,7 @@ from torch import nn
 
 from dfed.central.capped import Capped, Stretch
 from dfed.central.energy import EnergyMeter
+from dfed.central.exits import exit_figures, samples_per_second
 from dfed.central.prepared import Prepared
 from dfed.central.report import TrainScreen, summary_of
 from dfed.central.state import Tally, TrainState, empty_totals, save_state
@@ -47,7 +48,7 @@ class Trainer:
         self.state = state or TrainState(tensors=self._method.first_tensors(), totals=empty_totals())
         self._saved = (self.state.epoch, self.state.step) if state is not None else None
         self._energy, self._screen = EnergyMeter(prepared.device), TrainScreen()
-        self._evaluation: Evaluation | None = None
+        self._evaluation: tuple[str, Evaluation] | None = None
         self._rows = folder.path / "metrics.jsonl"
         keep_rows_before(self._rows, "epoch", self.state.epoch)
 
@@ -58,6 +59,7 @@ class Trainer:
             DfedError: If it cannot go on. The epochs that were completed are on disk, if the disk took them.
         """
         self._screen.started(self._prepared, self._folder.path, self.state)
+        self._method.work_in(self._folder.path / "cache", self.state.epoch)
         capped = Capped(self._prepared)
         try:
             while self.state.epoch < self._method.num_epochs and not self._stop.is_set:
@@ -69,11 +71,15 @@ class Trainer:
             raise
         finally:
             capped.close()
+            self._method.close(self.state.epoch == self._method.num_epochs)
         finished = self.state.epoch == self._method.num_epochs
         evaluations, test = self._final() if finished else ({}, {})
         joules = self.state.totals["joules"]
         missing = None if joules is not None else self._energy.reason or "a part of the training went unmeasured"
         summary = summary_of(self._prepared, self.state, evaluations, test, (joules, missing), finished)
+        chosen = self._method.choose({name: found.accuracy for name, found in evaluations.items()}) if evaluations else None
+        if chosen is not None:
+            summary["exit"] = self._exit(chosen, summary["variants"])
         self._folder.write("summary.json", summary)
         self._screen.finished(summary, self._folder.path, self.state)
         return 0 if finished else EXIT_STOPPED
@@ -95,18 +101,19 @@ class Trainer:
 
     def _completed(self, epoch: int, figures: Mapping[str, Any]) -> None:
         """Evaluate, if it is due, and write the epoch's line."""
-        settings, tally = self._config.training, Tally(**figures["tally"])
+        tally = Tally(**figures["tally"])
         row = {
             "kind": "epoch", "epoch": epoch, "train_loss": tally.loss_sum / max(1, sum(tally.visits.values())),
-            "learning_rate": settings.learning_rate * settings.schedule.at(epoch, settings.epochs),
+            "learning_rate": self._method.learning_rate_at(epoch),
             "time_s": figures["time_s"], "steps": tally.steps, "peak_bytes": figures["peak_bytes"],
         }
         self._evaluation = None
         if (epoch + 1) % self._config.metrics.every == 0 or epoch + 1 == self._method.num_epochs:
             begun = time.perf_counter()
-            *_, model = self._method.variants().values()
-            self._evaluation = self._evaluate(model, self._prepared.held_out)
-            row |= {"accuracy": self._evaluation.accuracy, "loss": self._evaluation.loss,
+            name = self._method.variant_after(epoch)
+            found = self._evaluate(self._method.variants()[name], self._prepared.held_out)
+            self._evaluation = (name, found)
+            row |= {"variant": name, "accuracy": found.accuracy, "loss": found.loss,
                     "evaluation_s": time.perf_counter() - begun}
         with self._rows.open("a", encoding="utf-8") as file:
             file.write(json.dumps(finite(row)) + "\n")
@@ -115,13 +122,20 @@ class Trainer:
     def _final(self) -> tuple[dict[str, Evaluation], dict[str, Evaluation]]:
         """Of every variant, on ``metrics.split`` and, if that is wanted, on the test set."""
         variants = dict(self._method.variants())
-        last, found = list(variants)[-1], {}
-        for name, model in variants.items():
-            known = self._evaluation if name == last else None
-            found[name] = known or self._evaluate(model, self._prepared.held_out)
+        found = dict([self._evaluation] if self._evaluation is not None else [])
+        found = {name: found.get(name) or self._evaluate(model, self._prepared.held_out) for name, model in variants.items()}
         if not self._config.metrics.test_at_end:
             return found, {}
         return found, {name: self._evaluate(model, self._prepared.data.test) for name, model in variants.items()}
+
+    def _exit(self, name: str, figures: Mapping[str, Any]) -> dict[str, Any]:
+        """What the summary says of the variant that the method chose."""
+        variants, last = self._method.variants(), list(figures)[-1]
+        rates = samples_per_second({each: variants[each] for each in dict.fromkeys([name, last])}, self.state.tensors,
+                                   self._prepared.held_out, self._prepared.device)
+        names = self._prepared.method.problem.chain.unit_names
+        held = {tensor.partition(".")[0] for tensor in variants[name]().state_dict()}
+        return exit_figures(name, figures, tuple(unit for unit in names if unit in held), rates)
 
     def _evaluate(self, make: Callable[[], nn.Module], data: Dataset) -> Evaluation:
         skeleton, size = Skeleton(make()), self._config.metrics.batch_size

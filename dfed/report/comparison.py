@@ -195,10 +195,12 @@ def _values(summary: Mapping[str, Any], clients: Sequence[Mapping[str, Any]]) ->
 
 
 def _device_accuracies(summary: Mapping[str, Any]) -> dict[str, float | None]:
-    """Means over the devices of the accuracy of the model that each of them uses."""
-    test = summary.get("test")
+    """Mean over the devices of the accuracy of the model that each of them uses, and the share of devices that have one."""
+    test, devices = summary.get("test"), summary.get("devices") or {"using": {}, "without": 0}
+    using = sum(devices["using"].values())
     on_test = {} if test is None else {"test_device_accuracy": test.get("device_accuracy")}
-    return {"device_accuracy": summary.get("device_accuracy"), **on_test}
+    return {"device_accuracy": summary.get("device_accuracy"), **on_test,
+            "device_share": _ratio(using, using + devices["without"])}
 
 
 def _num_clients(summary: Mapping[str, Any]) -> int:

@@ -183,10 +183,9 @@ def _columns(results: Results) -> list[_Column]:
 
 def _device_columns(results: Results, column: Callable[[str, str, Callable[[Spread], str]], _Column]) -> list[_Column]:
     """Mean accuracy of the devices' own models, where they have any."""
-    if not results.has_device_models:
-        return []
     name, heading = ("test_device_accuracy", "devices, test\n%") if _has_test(results) else ("device_accuracy", "devices\n%")
-    return [column(heading, name, lambda spread: _both(spread, 100, 2))]
+    return [column(heading, name, lambda spread: _both(spread, 100, 2)),
+            column("have one\n%", "device_share", lambda spread: _both(spread, 100, 1))] if results.has_device_models else []
 
 
 def _has_test(results: Results) -> bool:
@@ -255,8 +254,8 @@ def _notes(results: Results) -> list[str]:
         notes.append("test: accuracy on the test set, of the last model, evaluated once; all other accuracies are those of "
                      "metrics.split")
     if results.has_device_models:
-        notes.append("devices: mean over the fleet's devices of the accuracy of the model that each can use, its own width, "
-                     "depth or size, or else the global one")
+        notes.append("devices: mean, over those of the fleet that have one, of the accuracy of the model that each can use, "
+                     "its own width, depth or size, or else the global one; have one: their share")
     notes.append("clients, data: share of the fleet that completed a round, and of the training samples that these own; "
                  "peak: measured peaks, median of a tier (the largest such) and largest, of what training the full model needs")
     for name in results.tier_names:

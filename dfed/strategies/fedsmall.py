@@ -2,8 +2,9 @@
 
 A lower bound that FlexTrain (Unsal et al. 2023, arXiv 2310.20457, section on federated learning) is compared with; the
 counterpart in depth of ``allsmall``. The depth is the deepest that fits the smallest budget of the fleet, or that of
-``tier_depths`` which is smaller; if none fits, the smallest, and whoever cannot hold that is left out. It is a small model,
-with the full model's classifier behind a shortcut without parameters, trained by FedAvg.
+``tier_depths`` which is smaller, and which counts alone where it names every tier; if none fits, the smallest. Whoever cannot
+hold it is left out. It is a small model, with the full model's classifier behind a shortcut without parameters, trained by
+FedAvg.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ class FedSmall(PrefixStrategy):
     Args:
         depths: How many depths there are, the full model included.
         cuts: The last unit of each depth but the last, instead; null: see :func:`dfed.blocks.cut_points`.
-        tier_depths: The depth of the clients of a tier, by its name; the smallest of these counts, then, too.
+        tier_depths: The depth of the clients of a tier, by its name: the depth of all is at most the smallest of these, and
+            that one where all tiers are named.
     """
 
     def __init__(self, problem: Problem, *, depths: Count = 4, cuts: list[str] | None = None,
@@ -49,6 +51,8 @@ class FedSmall(PrefixStrategy):
         return None
 
     def _depth(self) -> int:
+        if self.tier_depths and self.tier_depths.keys() == set(self.problem.tiers):
+            return min(self.tier_depths.values())
         smallest = self.problem.budgets[0][0] if self.problem.budgets else None
         fitting = (depth for depth in range(self.num_depths, 0, -1) if self.problem.fits(self.plan_at(depth), smallest))
         return min([next(fitting, 1), *self.tier_depths.values()])

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from dfed.blocks import check_names, cut_points
-from dfed.blocks.prefix import TO_HEAD, PrefixChain, body_stops
+from dfed.blocks.prefix import RESERVED, PrefixChain, body_stops
 from dfed.errors import ConfigError, Fault
 from dfed.plan import Plan
 from dfed.state import ServerState
@@ -30,7 +30,7 @@ class PrefixStrategy(Strategy):
 
     def __init__(self, problem: Problem, *, depths: int, cuts: list[str] | None, tier_depths: Mapping[str, int] | None = None,
                  extras: Mapping[str, Any] | None = None):
-        check_names(problem.chain, [TO_HEAD, *(extras or {})])
+        check_names(problem.chain, [*RESERVED, *(extras or {})])
         super().__init__(problem, extras)
         self.stops = body_stops(problem.chain, cut_points(problem.chain, depths, cuts))
         self.num_depths = len(self.stops)

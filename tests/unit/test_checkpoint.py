@@ -301,6 +301,15 @@ def test_a_checkpoint_that_is_written_over_survives_a_failure(tmp_path, monkeypa
         assert _names(tmp_path) == ["round_000001"]
 
 
+def test_a_kill_between_the_two_renames_loses_nothing(tmp_path):
+    save(tmp_path, _state(2, fill=1.0), "f", keep=1)
+    (tmp_path / "round_000002").rename(tmp_path / ".round_000002.replaced")
+    _assert_same(latest(tmp_path, "f"), _state(2, fill=1.0))
+    (tmp_path / "round_000002").rename(tmp_path / ".round_000002.replaced")
+    save(tmp_path, _state(3, fill=2.0), "f", keep=2)
+    assert _names(tmp_path) == ["round_000002", "round_000003"]
+
+
 def test_a_folder_that_cannot_be_made(tmp_path):
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(CheckpointError, match=r"cannot write a checkpoint to .*file"):

@@ -12,7 +12,9 @@ import pytest
 
 from dfed import __version__
 from dfed.cli import main
+from dfed.errors import ConfigError
 from dfed.registry import ALL, STRATEGIES
+from dfed.report.folder import RunFolder
 
 SMOKE = str(Path(__file__).parents[2] / "configs" / "smoke" / "fedavg.yaml")
 
@@ -165,6 +167,48 @@ def test_a_folder_that_may_be_written_into(tmp_path, monkeypatch):
     (tmp_path / "logs" / "metrics.jsonl").touch()
     assert main(["run", SMOKE, "--out", "logs"]) == 0
     assert began == [(Path(name), None) for name in ("new", "empty", "logs", "logs", "logs")]
+
+
+def test_a_folder_of_the_other_kind_is_left_as_it_is(capsys, tmp_path):
+    train = SMOKE.replace("smoke/fedavg", "train/bp")
+    said = "`--resume` must be the folder of a `dfed {}`, but {} is that of a `dfed {}`."
+    cases = {"run": (SMOKE, "model: {}\nmethod: bp\n", "train", "epoch_000001"),
+             "train": (train, "rounds: 3\n", "run", "round_000001")}
+    for command, (file, theirs, other, checkpoint) in cases.items():
+        for name, config, folder in (("whole", theirs, "empty"), ("damaged", ": [", checkpoint)):
+            place = f"{command}_{name}"
+            (tmp_path / place / "checkpoint" / folder).mkdir(parents=True)
+            (tmp_path / place / "config.yaml").write_text(config)
+            assert said.format(command, place, other) in _says(capsys, command, file, "--resume", place)
+        err = _says(capsys, command, train if command == "run" else SMOKE)
+        assert "1 fault in the config" in err
+        assert f"which `dfed {other}` runs" in err
+
+
+def test_two_runs_in_one_folder(capsys, tmp_path, monkeypatch):
+    """The second is refused while the first is at work, and when it has begun in between."""
+    folder = RunFolder(tmp_path / "run")
+    folder.check_new()
+    late = RunFolder(tmp_path / "run")
+    late.check_new()
+    with folder.held():
+        (tmp_path / "run" / "config.yaml").write_text("x")
+        with pytest.raises(ConfigError, match="that no other process writes, but"), RunFolder(folder.path).held():
+            pass
+    with pytest.raises(ConfigError, match="holds a run"), late.held():
+        pass
+    with RunFolder(folder.path).held():  # a run that is gone on with
+        pass
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="has no device that is always full")
+def test_a_full_disk_is_said_in_a_line(capsys, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / ".summary.json.partial").symlink_to("/dev/full")
+    assert main(["run", SMOKE, "rounds=1", "metrics.tensorboard=false", "--out", "run"]) == 1
+    err = capsys.readouterr().err
+    assert "dfed: rank 0: a file cannot be read or written: [Errno 28] No space left on device" in err
+    assert "Traceback" not in err
 
 
 def test_a_list_whose_reader_has_gone_ends_quietly():

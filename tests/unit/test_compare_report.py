@@ -215,3 +215,27 @@ def test_figures_are_the_same_to_the_byte(results, tmp_path):
     assert b"<dc:date>" not in svg
     for label in (b"fedavg", b"fedprox"):
         assert label in svg  # as a comment beside the drawn letters
+
+
+def test_models_of_the_devices_own(tmp_path):
+    """Columns for them stand where some device of some run has one; those of the others are the global model's."""
+    comparison = load(tmp_path, compare={"strategies": ["fedavg", "fedprox"], "seeds": 1})
+    for run in comparison.runs:
+        folder = tmp_path / "o" / "runs" / run.name
+        write_run(folder, run.config)
+        summary = json.loads((folder / "summary.json").read_text())
+        using = {"depth 1": 3, "global": 1} if run.label == "fedprox" else {"global": 5}
+        summary |= {"devices": {"using": using, "without": 5 - sum(using.values())}, "device_accuracy": 0.625}
+        (folder / "summary.json").write_text(json.dumps(summary))
+    found = gather(comparison, tmp_path / "o")
+    assert found.has_device_models
+    assert [found.spread(label, "device_share").mean for label in ("fedavg", "fedprox")] == [1.0, 0.8]
+    page = text.as_markdown(found, text.Origin(config="c", command="d", date="2026-01-02", figure=False))
+    row = next(line for line in page.splitlines() if line.startswith("| fedprox |"))
+    heading = next(line for line in page.splitlines() if line.startswith("| strategy |"))
+    cells = dict(zip(heading.split(" | "), row.split(" | "), strict=True))
+    assert (cells["devices %"], cells["have one %"]) == ("62.50", "80.0")
+    assert "have one: their share" in page
+    alone = load(tmp_path, compare={"strategies": ["fedavg"], "seeds": 1})
+    assert "have one" not in text.as_markdown(gather(alone, tmp_path / "o"),
+                                              text.Origin(config="c", command="d", date="2026-01-02", figure=False))

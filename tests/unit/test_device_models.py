@@ -86,6 +86,21 @@ def test_a_client_without_samples_has_no_model():
     assert device_models(run.job, learned) == DeviceModels({None: 10}, 2)
 
 
+def test_clients_with_equal_devices_are_asked_apart_where_their_samples_count():
+    """Under a deadline the depth that fits depends on the number of samples."""
+    small = ["strategy={name: flextrain, depths: 3}", "fleet={clients: 12, tiers: [{name: all, count: 12, flops: 1e9}]}",
+             "data.partition={name: dirichlet, alpha: 0.3, min_samples: 2}", "metrics={tensorboard: false, batch_size: 16}"]
+    run, state = assembled(FLEET, small)
+    times = [run.job.asked(state).cost(client) for client in range(12)]  # of the full model, whose plan they all have
+    run, state = assembled(FLEET, [*small, f"server.deadline_s={float(np.median(times))}"])
+    asked = run.job.asked(state)
+    plans = [asked.plan(client) for client in range(12)]
+    depths = [None if plan is None else run.job.strategy.variant_of(plan) for plan in plans]
+    assert len(set(depths)) > 1
+    by_hand = {depth: depths.count(depth) for depth in set(depths) - {None}}
+    assert device_models(run.job, state) == DeviceModels(by_hand, depths.count(None))
+
+
 class Spread:
     """A job of 2,500 kinds of devices, one to three clients each, every tenth without samples; the weakest have no plan."""
 
@@ -98,7 +113,7 @@ class Spread:
         self.strategy = SimpleNamespace(variant_of=lambda kind: None if kind >= 1500 else "half" if kind >= 600 else "small")
 
     def asked(self, state):
-        return SimpleNamespace(plan=self.plan)
+        return SimpleNamespace(plan=self.plan, cases=lambda: self.kinds)
 
     def plan(self, client):
         self.asked_for.append(client)

@@ -19,6 +19,7 @@ from dfed.registry import METHODS
 from dfed.settings import Settings, settings_of
 from dfed.yaml_io import dump_yaml
 
+NAMES = "bp, flextrain, local, neuroflux"
 ROOT = Path(__file__).resolve().parents[3]
 
 
@@ -123,8 +124,8 @@ def test_all_faults_are_found_together():
 
 
 def test_single_faults():
-    assert faults("method=flxtrain")["method"] == "must be one of bp, flextrain, but is 'flxtrain'. Did you mean 'flextrain'?"
-    assert faults("method=null") == {"method": "must be one of bp, flextrain, but is not given."}
+    assert faults("method=flxtrain")["method"] == f"must be one of {NAMES}, but is 'flxtrain'. Did you mean 'flextrain'?"
+    assert faults("method=null") == {"method": f"must be one of {NAMES}, but is not given."}
     assert faults("method.shares=[0.5,-1]")["method.shares[1]"] == "must be at least 0, but is -1."
     assert faults("memory.enforce=soft", memory={})["memory.enforce"].startswith("must be one of hard, predicted, off")
     assert faults("training.nesterov=true", "training.momentum=0.0")["training"].startswith("must have a `momentum` above 0")
