@@ -120,13 +120,16 @@ class Trainer:
         self._screen.epoch_done(row, self._method.num_epochs)
 
     def _final(self) -> tuple[dict[str, Evaluation], dict[str, Evaluation]]:
-        """Of every variant, on ``metrics.split`` and, if that is wanted, on the test set."""
+        """Of every variant on ``metrics.split``; if that is wanted, also on the test set, of the chosen variant and the whole
+        model where the method chooses, and else of all."""
         variants = dict(self._method.variants())
         found = dict([self._evaluation] if self._evaluation is not None else [])
         found = {name: found.get(name) or self._evaluate(model, self._prepared.held_out) for name, model in variants.items()}
         if not self._config.metrics.test_at_end:
             return found, {}
-        return found, {name: self._evaluate(model, self._prepared.data.test) for name, model in variants.items()}
+        chosen = self._method.choose({name: figures.accuracy for name, figures in found.items()})
+        tested = variants if chosen is None else (chosen, list(variants)[-1])
+        return found, {name: self._evaluate(variants[name], self._prepared.data.test) for name in variants if name in tested}
 
     def _exit(self, name: str, figures: Mapping[str, Any]) -> dict[str, Any]:
         """What the summary says of the variant that the method chose."""

@@ -1,0 +1,148 @@
+"""NeuroFlux against back-propagation and classic local learning, each under the same memory budget, held by the hard cap.
+
+    python benchmarks/neuroflux.py [--models vgg11_bn resnet18] [--samples 1000] [--epochs 5] [--batch 128] [--seed 0]
+                                   [--budgets 0.3 0.5 1.0] [--out DIR] [--markdown FILE]
+
+Fashion-MNIST padded to 32 × 32, a keyed choice of its training samples, of which a tenth is validation data; `python -m dfed
+train`. Budgets are shares of what plain training with the largest mini-batch needs: tight, medium, loose. Every method uses
+the largest mini-batch, up to `--batch`, that fits the budget: `bp`; `bp` with activation checkpointing; `bp` in micro-batches,
+whose gradients are added up; classic local learning, all layers in every mini-batch, or one after another (`sequential`); and
+`neuroflux`. Every layer sees every sample `--epochs` times under each method. The learning rate goes with the mini-batch.
+
+Time is that of training without evaluation (`time_s` of the summary, caches and all), accuracy that on the test set after the
+last epoch; of `neuroflux` of the exit that was chosen on the validation data (1 point), and of all its layers. A method that
+does not fit is told as such. What is finished in DIR is not run again. Trainings follow each other method by method within a
+budget.
+
+Last line: one JSON object. Of each model and budget `speed_over_bp` and `speed_over_local`: time of the fastest form of each
+that fits over that of `neuroflux` (null: none fits), and `accuracy_gap`: `bp`'s accuracy (of the fastest form) less that of
+`neuroflux`'s exit, in points. `parameter_ratio`: parameters of the full model over those of the exit; `throughput_ratio`:
+samples a second of the exit over those of the full model; both are medians over all budgets.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from dfed.yaml_io import dump_yaml
+
+MIB = 2**20
+METHODS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "bp": ({"name": "bp", "batch": "auto"}, {}),
+    "bp, checkpointing": ({"name": "bp", "batch": "auto"}, {"activation_checkpointing": True}),
+    "bp, micro-batches": ({"name": "bp", "micro_batch": "auto"}, {}),
+    "local, simultaneous": ({"name": "local", "order": "simultaneous"}, {}),
+    "local, sequential": ({"name": "local", "order": "sequential"}, {}),
+    "neuroflux": ({"name": "neuroflux", "exit_tolerance": 0.01}, {}),
+}
+
+
+def train(folder: Path, model: str, budget: float, method: str, options: argparse.Namespace) -> dict[str, Any] | None:
+    """The summary of one training, which is carried out unless it is finished; None: it does not fit."""
+    chosen, training = METHODS[method]
+    config = {
+        "seed": options.seed, "model": model, "method": chosen, "memory": budget,
+        "data": {"dataset": "fashion_mnist", "image_size": 32, "train_samples": options.samples, "validation_fraction": 0.1},
+        "training": {"epochs": options.epochs, "batch_size": options.batch, "learning_rate": 0.1, "momentum": 0.9,
+                     "weight_decay": 0.0005, "schedule": {"name": "cosine"}, **training},
+        "metrics": {"every": 1000, "split": "validation", "test_at_end": True}, "checkpoint": {"every": 1000},
+    }
+    if not (folder / "summary.json").is_file():
+        file = folder.with_suffix(".yaml")
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(dump_yaml(config), encoding="utf-8")
+        done = subprocess.run([sys.executable, "-m", "dfed", "train", str(file), "--out", str(folder)], capture_output=True,
+                              text=True, check=False)
+        if done.returncode:
+            said = done.stderr.strip().splitlines()
+            why = said[-1].strip() if said else ""
+            print(f"{model}, budget {budget:g}, {method}: status {done.returncode}: {why}", flush=True)
+            return None
+    return json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+
+
+def accuracy(summary: dict[str, Any]) -> float:
+    """Test accuracy in per cent: of the chosen exit, if there is one."""
+    return 100 * (summary["exit"]["test"] if summary.get("exit") else summary["test"])["accuracy"]
+
+
+def figures(model: str, budget: float, runs: dict[str, dict[str, Any] | None]) -> dict[str, Any]:
+    """What the trainings under one budget come to."""
+    def fastest(prefix: str) -> dict[str, Any] | None:
+        fitting = [run for name, run in runs.items() if name.startswith(prefix) and run is not None]
+        return min(fitting, key=lambda run: run["time_s"], default=None)
+
+    own, bp, local = runs["neuroflux"], fastest("bp"), fastest("local")
+    unknown = dict.fromkeys(("budget_mib", "speed_over_bp", "speed_over_local", "accuracy_gap"))
+    found: dict[str, Any] = {"model": model, "budget": budget, **unknown}
+    if own is None:
+        return found
+    found["budget_mib"] = round(own["budget_bytes"] / MIB, 1)
+    if bp is not None:
+        found["speed_over_bp"] = round(bp["time_s"] / own["time_s"], 3)
+        found["accuracy_gap"] = round(accuracy(bp) - accuracy(own), 2)
+    if local is not None:
+        found["speed_over_local"] = round(local["time_s"] / own["time_s"], 3)
+    return found
+
+
+def table(model: str, budget: float, runs: dict[str, dict[str, Any] | None]) -> list[str]:
+    """Markdown."""
+    lines = [f"### {model}, budget {budget:g} of full training", "",
+             "| method | time s | peak MiB | predicted MiB | test accuracy % | steps | exit, parameters | |",
+             "|---|--:|--:|--:|--:|--:|---|---|"]
+    for name, run in runs.items():
+        if run is None:
+            lines.append(f"| {name} | | | | | | | does not fit |")
+            continue
+        peak = "–" if run["peak_bytes"] is None else f"{run['peak_bytes'] / MIB:.1f}"
+        chosen = run.get("exit")
+        told = f"{chosen['name']}, {100 * chosen['param_share']:.1f} %" if chosen else ""
+        lines.append(f"| {name} | {run['time_s']:.1f} | {peak} | {run['predicted_bytes'] / MIB:.1f} | {accuracy(run):.2f} | "
+                     f"{run['steps']:,} | {told} | |")
+    return [*lines, ""]
+
+
+def main() -> None:
+    """Train, and tell."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", default=["vgg11_bn", "resnet18"])
+    parser.add_argument("--budgets", nargs="+", type=float, default=[0.3, 0.5, 1.0])
+    parser.add_argument("--samples", type=int, default=1000)
+    parser.add_argument("--epochs", type=int, default=5)
+    parser.add_argument("--batch", type=int, default=128)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, help="where the trainings lie (default: a temporary folder)")
+    parser.add_argument("--markdown", type=Path, help="the tables, too")
+    options = parser.parse_args()
+    lines, found, exits = [], [], []
+    with tempfile.TemporaryDirectory() as temporary:
+        out = options.out or Path(temporary)
+        for model in options.models:
+            for budget in options.budgets:
+                runs = {name: train(out / f"{model}-{budget:g}-{name.replace(', ', '-')}", model, budget, name, options)
+                        for name in METHODS}
+                lines += table(model, budget, runs)
+                found.append(figures(model, budget, runs))
+                exits += [run["exit"] for run in runs.values() if run is not None and run.get("exit")]
+    text = "\n".join(lines)
+    print(text)
+    if options.markdown:
+        options.markdown.write_text(text + "\n", encoding="utf-8")
+    rates = [each["samples_per_s"] / each["full_samples_per_s"] for each in exits]
+    print(json.dumps({
+        "budgets": found,
+        "parameter_ratio": round(statistics.median(1 / each["param_share"] for each in exits), 3) if exits else None,
+        "throughput_ratio": round(statistics.median(rates), 3) if rates else None,
+    }))
+
+
+if __name__ == "__main__":
+    main()
