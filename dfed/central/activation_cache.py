@@ -7,11 +7,13 @@ memory of the process wherever peaks are measured, though no cap counts them.
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import math
 import os
 import shutil
+import zlib
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -42,6 +44,7 @@ class ActivationCache:
         self._dtype = _DTYPES[kind]
         self._kept_in: Path | None = None
         self._reader: ThreadPoolExecutor | None = None
+        self._known: set[tuple[int, str]] = set()  # numbers and keys of caches whose bytes are what they should be
 
     def sample_bytes(self, shape: tuple[int, ...]) -> int:
         """What one sample takes on disk."""
@@ -77,24 +80,33 @@ class ActivationCache:
                 f"has {format_bytes(free)}: `method.cache` 'fp16' takes half of what 'fp32' does, and 'none' keeps nothing.")
 
     def holds(self, number: int, key: str) -> bool:
-        """Whether cache ``number`` is there, whole, and made of what ``key`` stands for."""
+        """Whether cache ``number`` is there, whole, and made of what ``key`` stands for.
+
+        Its bytes are looked at once in a process.
+        """
         try:
             marker = json.loads(self._marker(number).read_text(encoding="utf-8"))
-            return marker["key"] == key and marker["bytes"] == self._data(number).stat().st_size
+            if marker["key"] != key or marker["bytes"] != self._data(number).stat().st_size:
+                return False
+            if (number, key) not in self._known:
+                if marker["crc32"] != _checksum(self._data(number)):
+                    return False
+                self._known.add((number, key))
+            return True
         except (OSError, ValueError, KeyError, TypeError):
             return False
 
     def keep_only(self, numbers: Iterable[int]) -> None:
         """Remove all other caches, and what was left half written."""
         kept = {path for number in numbers for path in (self._marker(number), self._data(number))}
-        for path in sorted(self._folder.glob("*")) if self._folder.is_dir() else []:
+        for path in sorted(self._folder.glob("block_*")) if self._folder.is_dir() else []:
             if path not in kept:
                 path.unlink(missing_ok=True)
 
     def clear(self) -> None:
-        """Remove all caches and the folder."""
+        """Remove all caches, and the folder, unless it holds something else, or is a link."""
         self.keep_only([])
-        if self._folder.is_dir():
+        with contextlib.suppress(OSError):
             self._folder.rmdir()
 
     def write(self, number: int, key: str, num_samples: int, pieces: Iterable[Tensor]) -> bool:
@@ -107,30 +119,41 @@ class ActivationCache:
             TrainingFailed: If the disk refuses it.
         """
         data, marker = self._data(number), self._marker(number)
-        partial, count, shape = data.with_suffix(".partial"), 0, ()
+        partial, count, shape, crc = data.with_suffix(".partial"), 0, (), 0
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
             marker.unlink(missing_ok=True)
             with partial.open("wb") as file:
                 for piece in pieces:
-                    values = np.ascontiguousarray(piece.cpu().numpy(), dtype=self._dtype)
+                    values = self._converted(piece.cpu().numpy())
                     file.write(values.data)
+                    crc = zlib.crc32(values.data, crc)
                     count, shape = count + len(values), values.shape[1:]
                 file.flush()
                 os.fsync(file.fileno())
             if count != num_samples:
                 return False
             partial.rename(data)
-            text = json.dumps({"key": key, "bytes": data.stat().st_size, "shape": list(shape), "dtype": self._dtype.name})
+            text = json.dumps({"key": key, "bytes": data.stat().st_size, "crc32": crc, "shape": list(shape),
+                               "dtype": self._dtype.name})
             unfinished = marker.with_suffix(".partial-marker")
             unfinished.write_text(text, encoding="utf-8")
             unfinished.rename(marker)
+            self._known.add((number, key))
         except OSError as error:
             raise TrainingFailed(f"the activations of a block cannot be cached in {self._folder}: {error.strerror}; "
                                  "`method.cache` 'none' keeps nothing.") from error
         finally:
             partial.unlink(missing_ok=True)
         return True
+
+    def _converted(self, values: np.ndarray) -> np.ndarray:
+        with np.errstate(over="ignore"):
+            converted = np.ascontiguousarray(values, dtype=self._dtype)
+        if self._dtype == np.float16 and np.isinf(converted).any() and np.isfinite(values).all():
+            raise TrainingFailed(f"the activations of a block must be at most 65504 for `method.cache` 'fp16', but reach "
+                                 f"{float(np.abs(values).max()):g}: keep them as 'fp32'.")
+        return converted
 
     def batches(self, number: int, places: Iterable[np.ndarray], shape: tuple[int, ...]) -> Iterator[Tensor]:
         """The samples of cache ``number`` at the places (b,), one array after another: float32 (b, *shape), on the CPU.
@@ -184,6 +207,14 @@ class ActivationCache:
 
     def _marker(self, number: int) -> Path:
         return self._folder / f"block_{number:03d}.json"
+
+
+def _checksum(path: Path) -> int:
+    crc = 0
+    with path.open("rb") as file:
+        while piece := file.read(2**20):
+            crc = zlib.crc32(piece, crc)
+    return crc
 
 
 def _result(future: Future[Tensor]) -> Tensor:

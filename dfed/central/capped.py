@@ -61,8 +61,9 @@ class Capped:
         except Exception as error:
             reason = too_few_values(error) if isinstance(error, ValueError) else None
             if reason is not None:
-                raise TrainingFailed(f"the last mini-batch of an epoch cannot be trained on: {reason}; `training.drop_last` "
-                                     "leaves it out.") from error
+                raise TrainingFailed(f"the last mini-batch of an epoch, or a part of one, cannot be trained on: {reason}; "
+                                     "`training.drop_last` leaves a last one out, a larger `method.micro_batch` makes larger "
+                                     "parts; a training begun without has to begin anew.") from error
             capped = self._cap.enforces and self._budget is not None
             if not is_out_of_memory(error, capped=capped):
                 raise

@@ -14,11 +14,10 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from dfed.central.local_blocks import Block
-from dfed.central.local_heads import head_filters
+from dfed.central.local_heads import Filters, head_filters
 from dfed.central.local_method import LocalMethod
 from dfed.central.method import Problem
 from dfed.central.peaks import largest_batch
-from dfed.models.layers import Count
 
 __all__ = ["ClassicLocal"]
 
@@ -33,8 +32,8 @@ class ClassicLocal(LocalMethod):
             best; null: none is.
     """
 
-    def __init__(self, problem: Problem, *, order: Literal["simultaneous", "sequential"] = "simultaneous", filters: Count = 256,
-                 exit_tolerance: Annotated[float, Field(ge=0, le=1)] | None = None):
+    def __init__(self, problem: Problem, *, order: Literal["simultaneous", "sequential"] = "simultaneous",
+                 filters: Filters = 256, exit_tolerance: Annotated[float, Field(ge=0, le=1)] | None = None):
         filters_of = functools.partial(head_filters, problem.chain, heads="classic", gamma=1.0, smallest=filters,
                                        largest=filters)
         super().__init__(problem, filters_of=filters_of, cache="none", exit_tolerance=exit_tolerance)

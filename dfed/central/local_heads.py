@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterator
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
 from dfed.blocks.depth import classifier
@@ -18,7 +19,10 @@ from dfed.client import Skeleton
 from dfed.memory import predict_levels
 from dfed.models import Chain
 
-__all__ = ["Heads", "has_filters", "head_filters", "local_head"]
+__all__ = ["Filters", "Heads", "has_filters", "head_filters", "local_head"]
+
+Filters = Annotated[int, Field(ge=1, le=65536)]
+"""How many filters the convolution of a head may have."""
 
 Heads = Literal["scaled", "memory_matched", "classic"]
 """How the filters of a head follow from what it stands behind."""

@@ -19,11 +19,10 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from dfed.central.local_blocks import join_layers
-from dfed.central.local_heads import Heads, head_filters
+from dfed.central.local_heads import Filters, Heads, head_filters
 from dfed.central.local_method import LocalMethod
 from dfed.central.method import Problem
 from dfed.errors import ConfigError, Fault
-from dfed.models.layers import Count
 
 __all__ = ["NeuroFlux"]
 
@@ -43,8 +42,8 @@ class NeuroFlux(LocalMethod):
             each mini-batch.
     """
 
-    def __init__(self, problem: Problem, *, heads: Heads = "scaled", gamma: Annotated[float, Field(gt=0)] = 0.5,
-                 smallest_filters: Count = 16, largest_filters: Count = 256, rho: Annotated[float, Field(ge=0)] = 0.4,
+    def __init__(self, problem: Problem, *, heads: Heads = "scaled", gamma: Annotated[float, Field(gt=0, le=1000)] = 0.5,
+                 smallest_filters: Filters = 16, largest_filters: Filters = 256, rho: Annotated[float, Field(ge=0)] = 0.4,
                  exit_tolerance: Annotated[float, Field(ge=0, le=1)] | None = None,
                  cache: Literal["fp32", "fp16", "none"] = "fp32"):
         if smallest_filters > largest_filters:

@@ -166,3 +166,33 @@ def test_augmentation_with_a_cache_is_said_once(tmp_path, caplog):
     assert not (tmp_path / "b").exists()
     plain = first_state(neuroflux())
     assert plain.facts == {}
+
+
+def test_changed_bytes_are_seen_by_the_next_process(tmp_path):
+    kept = cache(tmp_path / "cache")
+    assert kept.write(1, "a", 6, torch.ones(6, 2).split(4))
+    data = tmp_path / "cache" / "block_001.data"
+    written = bytearray(data.read_bytes())
+    assert cache(tmp_path / "cache").holds(1, "a")
+    written[5] ^= 1
+    data.write_bytes(written)
+    assert kept.holds(1, "a")  # looked at when it was written
+    assert not cache(tmp_path / "cache").holds(1, "a")
+
+
+def test_values_too_large_for_fp16(tmp_path):
+    kept, values = cache(tmp_path / "cache", "fp16"), torch.full((4, 2), 7e4)
+    with pytest.raises(TrainingFailed, match=r"at most 65504 for `method.cache` 'fp16', but reach 70000: keep them as 'fp32'"):
+        kept.write(1, "a", 4, [values])
+    assert list((tmp_path / "cache").iterdir()) == []
+    assert kept.write(1, "a", 1, [torch.full((1, 2), float("inf"))])  # a model that is lost is said elsewhere
+
+
+def test_files_of_others_stay(tmp_path):
+    (tmp_path / "disk" / "mine").mkdir(parents=True)
+    (tmp_path / "disk" / "mine.txt").write_text("mine")
+    (tmp_path / "cache").symlink_to(tmp_path / "disk")
+    kept = cache(tmp_path / "cache")
+    assert kept.write(1, "a", 4, [torch.ones(4, 2)])
+    kept.clear()
+    assert sorted(path.name for path in (tmp_path / "disk").iterdir()) == ["mine", "mine.txt"]

@@ -86,6 +86,12 @@ def test_heads():
 def test_the_exit_is_the_shallowest_within_the_tolerance():
     found = {"exit 1": 0.7, "exit 2": 0.89, "exit 3": 0.9, "exit 4": 0.85}
     assert [choose_exit(found, tolerance) for tolerance in (0.0, 0.02, 0.2)] == ["exit 3", "exit 2", "exit 1"]
+    for best in range(1, 1001):  # in thousandths: what lies exactly at the tolerance is within it
+        for less in (1, 5, 10, 100):
+            if less <= best:
+                pair = {"exit 1": (best - less) / 1000, "exit 2": best / 1000}
+                assert choose_exit(pair, less / 1000) == "exit 1"
+                assert choose_exit(pair, (less - 0.5) / 1000) == "exit 2"
     assert neuroflux(blocks=None).choose(found) is None
     with pytest.raises(ConfigError, match=r"`metrics.split` must be 'validation' for the method 'neuroflux' with these"):
         prepare(load_train_config(None, base={**base(), "method": {"name": "neuroflux", "exit_tolerance": 0.01}}), CPU)
