@@ -4,8 +4,15 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
+import inspect
+import os
+import subprocess
+import sys
+from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 
 from dfed.central.bp import BP
@@ -16,6 +23,7 @@ from dfed.central.settings import EpochSettings
 from dfed.central.state import Tally
 from dfed.central.trainer import Trainer
 from dfed.data import ArrayDataset
+from dfed.memory import malloc
 from dfed.models import build_chain
 from dfed.planner import Store
 from dfed.report.folder import Folder
@@ -29,6 +37,26 @@ BASE: dict[str, Any] = {
     "data": {"dataset": "synthetic", "shape": [1, 8, 8], "classes": 3, "samples": 44, "test_samples": 30},
     "training": {"epochs": 3, "batch_size": 8, "learning_rate": 0.05, "momentum": 0.9, "weight_decay": 0.01, "augment": "flip"},
 }
+
+_FRESH = "DFED_TEST_IN_A_FRESH_PROCESS"
+
+
+def under_a_cap(test: Callable[..., None]) -> Callable[..., None]:
+    """Runs a test of a hard cap in a process of its own: what the tests before it allocated and freed would count as room, and
+    a hard cap changes the settings of the allocator for good."""
+    @functools.wraps(test)
+    def outside(*arguments: Any, **keywords: Any) -> None:
+        if os.environ.get(_FRESH):
+            test(*arguments, **keywords)
+            return
+        where = f"{inspect.getfile(test)}::{test.__name__}"
+        done = subprocess.run([sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", where], capture_output=True,
+                              text=True, timeout=300, env={**os.environ, _FRESH: "1"}, check=False)
+        assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-1000:]
+        assert "1 passed" in done.stdout
+
+    return pytest.mark.skipif(not sys.platform.startswith("linux") or not malloc.is_glibc(),
+                              reason="a hard cap on a CPU needs Linux with glibc")(outside)
 
 
 def base(**changes: Any) -> dict[str, Any]:

@@ -10,18 +10,16 @@ import subprocess
 import sys
 
 import pytest
-from central_problem import CPU, base, trainer
+from central_problem import CPU, base, trainer, under_a_cap
 
 from dfed.central.config import load_train_config
 from dfed.central.prepared import prepare
 from dfed.checkpoint import params_sha256
 from dfed.cli import main
 from dfed.errors import TrainingFailed
-from dfed.memory import CPU_OVERHEAD_BYTES, malloc
+from dfed.memory import CPU_OVERHEAD_BYTES
 from dfed.yaml_io import dump_yaml
 
-needs_a_cap = pytest.mark.skipif(not sys.platform.startswith("linux") or not malloc.is_glibc(),
-                                 reason="a hard cap on a CPU needs Linux with glibc")
 LARGE = {"model": {"channels": [16, 8], "norm": "none"}, "training": {"epochs": 1, "batch_size": 128, "augment": "none"},
          "data": {"shape": [1, 32, 32], "samples": 160, "test_samples": 20}}
 
@@ -38,7 +36,7 @@ def start(path, *words):
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
-@needs_a_cap
+@under_a_cap
 def test_a_budget_holds_and_one_that_would_do_is_named(tmp_path, capsys):
     raw = write(tmp_path / "a.yaml", **LARGE)
     method = prepare(load_train_config(None, base=raw), CPU).method

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import sys
 from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn.functional as F
-from central_problem import StopAfter, base, trainer
+from central_problem import StopAfter, base, trainer, under_a_cap
 from local_problem import CNN, bits, first_state, neuroflux, train
 
 from dfed.central.config import load_train_config
@@ -17,13 +16,10 @@ from dfed.central.local_blocks import Block
 from dfed.central.local_step import local_step
 from dfed.central.state import latest_state
 from dfed.errors import ConfigError, TrainingFailed
-from dfed.memory import malloc, predict_course
+from dfed.memory import predict_course
 from dfed.models import materialise
 
 torch.set_num_threads(1)
-
-needs_a_cap = pytest.mark.skipif(not sys.platform.startswith("linux") or not malloc.is_glibc(),
-                                 reason="a hard cap on a CPU needs Linux with glibc")
 MODELS = [("cnn", CNN, ((0, 1, 7), (1, 3, 5))), ("resnet8", {"width": 4}, ((0, 2, 7), (2, 3, 5), (3, 4, 9))),
           ("vit_tiny", {"depth": 3, "width": 12, "heads": 2}, ((0, 1, 6), (1, 3, 5)))]
 
@@ -204,7 +200,7 @@ LARGE = {"model": {"name": "cnn", "channels": [24, 24], "kernel": 3, "hidden": 8
          "metrics": {"split": "validation", "test_at_end": True}, "memory": "36MB"}
 
 
-@needs_a_cap
+@under_a_cap
 def test_it_trains_under_a_cap_where_plain_training_runs_out_of_memory(tmp_path, capsys):
     raw = {**base(**LARGE), "method": {"name": "bp", "depths": 1}}
     raw["model"] = LARGE["model"]
