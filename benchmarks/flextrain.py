@@ -41,7 +41,7 @@ def train(folder: Path, method: dict[str, Any], seed: int, samples: int, epochs:
     """The summary of one training, which is carried out unless it is finished."""
     config = {
         "seed": seed, "model": {"name": "resnet20", "width": 8}, "method": method,
-        "data": {"dataset": "fashion_mnist", "samples": samples, "validation_fraction": 0.1},
+        "data": {"dataset": "fashion_mnist", "train_samples": samples, "validation_fraction": 0.1},
         "training": {"epochs": epochs, "batch_size": 50, "learning_rate": 0.05, "momentum": 0.9, "weight_decay": 0.001,
                      "schedule": {"name": "cosine"}},
         "metrics": {"every": epochs, "split": "validation", "test_at_end": True},
