@@ -20,13 +20,11 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
-from dfed.yaml_io import dump_yaml
+from trained import trained
 
 CUTS = ["layer2_1", "layer3_0"]  # 17.9 % and 45.3 % of the parameters
 SHARES = [0.25, 0.25, 0.5]
@@ -47,15 +45,10 @@ def train(folder: Path, method: dict[str, Any], seed: int, samples: int, epochs:
         "metrics": {"every": epochs, "split": "validation", "test_at_end": True},
         "checkpoint": {"every": epochs},
     }
-    if not (folder / "summary.json").is_file():
-        file = folder.with_suffix(".yaml")
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(dump_yaml(config), encoding="utf-8")
-        done = subprocess.run([sys.executable, "-m", "dfed", "train", str(file), "--out", str(folder)], capture_output=True,
-                              text=True, check=False)
-        if done.returncode:
-            raise SystemExit(f"{' '.join(map(str, method.values()))}, seed {seed}: status {done.returncode}\n{done.stderr}")
-    return json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+    summary, said = trained(folder, config)
+    if summary is None:
+        raise SystemExit(f"{' '.join(map(str, method.values()))}, seed {seed} failed:\n{said}")
+    return summary
 
 
 def accuracy(summary: dict[str, Any], depth: int) -> float:

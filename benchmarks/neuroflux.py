@@ -25,13 +25,11 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
-from dfed.yaml_io import dump_yaml
+from trained import trained
 
 MIB = 2**20
 METHODS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
@@ -54,18 +52,10 @@ def train(folder: Path, model: str, budget: float, method: str, options: argpars
                      "weight_decay": 0.0005, "schedule": {"name": "cosine"}, **training},
         "metrics": {"every": 1000, "split": "validation", "test_at_end": True}, "checkpoint": {"every": 1000},
     }
-    if not (folder / "summary.json").is_file():
-        file = folder.with_suffix(".yaml")
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(dump_yaml(config), encoding="utf-8")
-        done = subprocess.run([sys.executable, "-m", "dfed", "train", str(file), "--out", str(folder)], capture_output=True,
-                              text=True, check=False)
-        if done.returncode:
-            said = done.stderr.strip().splitlines()
-            why = said[-1].strip() if said else ""
-            print(f"{model}, budget {budget:g}, {method}: status {done.returncode}: {why}", flush=True)
-            return None
-    return json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+    summary, said = trained(folder, config)
+    if summary is None:
+        print(f"{model}, budget {budget:g}, {method}: {said.strip()[-300:]}", flush=True)
+    return summary
 
 
 def accuracy(summary: dict[str, Any]) -> float:

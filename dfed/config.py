@@ -6,7 +6,6 @@ are found before any is reported.
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
@@ -30,7 +29,7 @@ from dfed.memory import MemorySettings
 from dfed.metrics import MetricsSettings
 from dfed.registry import CODECS, MODELS, PARTITIONERS, SAMPLERS, SERVER_OPTIMIZERS, STRATEGIES, Registry
 from dfed.settings import Settings
-from dfed.yaml_io import apply_override, read_yaml
+from dfed.yaml_io import read_config
 
 __all__ = ["Choice", "Config", "DataSettings", "ServerSettings", "load_config"]
 
@@ -161,11 +160,7 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = (), base: Ma
     Raises:
         ConfigError: With all faults there are.
     """
-    raw = copy.deepcopy(dict(base)) if base is not None else read_yaml(path) if path is not None else {}
-    faults: list[Fault] = []
-    for override in overrides:
-        apply_override(raw, override, faults)
-    return _validate(raw, faults)
+    return _validate(*read_config(path, overrides, base))
 
 
 def _validate(raw: Mapping[str, Any], faults: list[Fault]) -> Config:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ import yaml
 from dfed.errors import ConfigError, Fault
 from dfed.faults import shown
 
-__all__ = ["apply_override", "dump_yaml", "read_yaml", "set_value"]
+__all__ = ["apply_override", "dump_yaml", "read_config", "read_yaml", "set_value"]
 
 _NUMBERS_AND_WORDS = {
     "bool": (r"true|True|TRUE|false|False|FALSE", "tTfF"),
@@ -230,3 +232,17 @@ def _enter(target: Any, key: str) -> Any:
     elif isinstance(child, str):
         child = target[key] = {"name": child}
     return child if isinstance(child, (dict, list)) else None
+
+
+def read_config(path: str | Path | None, overrides: Sequence[str], base: Mapping[str, Any] | None
+                ) -> tuple[dict[str, Any], list[Fault]]:
+    """The values in the YAML file ``path`` (or in ``base``) with ``key.sub=value`` overrides, and what is wrong with these.
+
+    Raises:
+        ConfigError: If the file cannot be read.
+    """
+    raw = copy.deepcopy(dict(base)) if base is not None else read_yaml(path) if path is not None else {}
+    faults: list[Fault] = []
+    for override in overrides:
+        apply_override(raw, override, faults)
+    return raw, faults

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
@@ -22,7 +21,7 @@ from dfed.fleet import ComputeSettings, FleetSettings
 from dfed.metrics import EvaluationSettings
 from dfed.registry import METHODS, MODELS
 from dfed.settings import Settings
-from dfed.yaml_io import apply_override, read_yaml
+from dfed.yaml_io import read_config
 
 __all__ = ["TrainConfig", "load_train_config"]
 
@@ -110,11 +109,7 @@ def load_train_config(path: str | Path | None, overrides: Sequence[str] = (),
     Raises:
         ConfigError: With all faults there are.
     """
-    raw = copy.deepcopy(dict(base)) if base is not None else read_yaml(path) if path is not None else {}
-    faults: list[Fault] = []
-    for override in overrides:
-        apply_override(raw, override, faults)
-    return _validate(raw, faults)
+    return _validate(*read_config(path, overrides, base))
 
 
 def _validate(raw: Mapping[str, Any], faults: list[Fault]) -> TrainConfig:

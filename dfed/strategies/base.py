@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -189,6 +189,20 @@ class Strategy(ABC):
                 ``sender_weights``: how many samples these have.
         """
         return new
+
+    def with_old_votes(self, old: ServerState, new: ServerState, held: Mapping[str, float], everybody: float) -> ServerState:
+        """``new``, in which who did not send a block votes for its old value: w ← ρ · w + (1 − ρ) · w_old.
+
+        Args:
+            held: Of each block, how many votes those have who sent it; blocks of which none came are left alone.
+            everybody: How many votes there are, so that ρ = held / everybody.
+        """
+        params = dict(new.params)
+        for name, value in new.params.items():
+            votes = held.get(self.splitting.block_of(name), 0)
+            if 0 < votes < everybody:
+                params[name] = old.params[name].lerp(value, votes / everybody)
+        return replace(new, params=params)
 
     def judged(self, state: ServerState, loss: float) -> ServerState:
         """The state with which the next round starts, now that the global model was evaluated on validation data.

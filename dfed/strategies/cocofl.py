@@ -91,13 +91,7 @@ class CoCoFL(Strategy):
         return chain
 
     def advance(self, old: ServerState, new: ServerState, metrics: Mapping[str, Any]) -> ServerState:
-        completed, senders = metrics["clients"]["completed"], metrics["senders"]
-        params = dict(new.params)
-        for name, value in new.params.items():
-            trained = senders.get(self.splitting.block_of(name), 0)
-            if 0 < trained < completed:
-                params[name] = old.params[name].lerp(value, trained / completed)
-        return replace(new, params=params)
+        return self.with_old_votes(old, new, metrics["senders"], metrics["clients"]["completed"])
 
 
 def maximal_ranges(count: int, fits: Callable[[int, int], bool]) -> list[tuple[int, int]]:

@@ -74,12 +74,7 @@ class FlexTrain(PrefixStrategy):
         everybody = weights.get(self.problem.chain.unit_names[-1], 0)  # all hold the classifier
         if self.aggregation == "counted" or not everybody:
             return new
-        params = dict(new.params)
-        for name, value in new.params.items():
-            held = weights.get(self.splitting.block_of(name), 0)
-            if 0 < held < everybody:
-                params[name] = old.params[name].lerp(value, held / everybody)
-        return replace(new, params=params)
+        return self.with_old_votes(old, new, weights, everybody)
 
     def _last_block(self, depth: int) -> str:
         """The unit that clients of this depth and deeper ones train, and no others."""

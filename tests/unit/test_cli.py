@@ -1,9 +1,7 @@
 from __future__ import annotations
 
-import logging
 import os
 import re
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -16,20 +14,9 @@ from dfed.errors import ConfigError
 from dfed.registry import ALL, STRATEGIES
 from dfed.report.folder import RunFolder
 
+pytestmark = pytest.mark.usefixtures("own_process_state")
+
 SMOKE = str(Path(__file__).parents[2] / "configs" / "smoke" / "fedavg.yaml")
-
-
-@pytest.fixture(autouse=True)
-def _own_process_state(monkeypatch, tmp_path):
-    """`dfed run` takes over SIGTERM and sets up logging; a launcher sets variables. Put all of it back."""
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "TORCHELASTIC_RESTART_COUNT"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.chdir(tmp_path)
-    handler, root = signal.getsignal(signal.SIGTERM), logging.getLogger()
-    handlers, level = list(root.handlers), root.level
-    yield
-    signal.signal(signal.SIGTERM, handler)
-    root.handlers[:], root.level = handlers, level
 
 
 def _says(capsys, *arguments):
