@@ -52,8 +52,10 @@ class Liveness:
                     return dict.fromkeys(silent, "did not answer")
                 time.sleep(_POLL_S)
         except (RuntimeError, ValueError):
-            # The store itself is gone, and with it what the other hosts could say.
-            return {r: "died" for r in range(self._size) if self._is_gone(r)}
+            # The store itself is gone, and with it what the other hosts could say, and who has left in order. If the server is
+            # gone, clients that are gone besides may have ended because of that: it alone is named.
+            gone = [r for r in range(self._size) if self._is_gone(r)]
+            return dict.fromkeys(gone[:1] if 0 in gone else gone, "died")
 
     def abandoned(self) -> bool:
         """Whether another rank has found the job broken, or a rank of this host is gone."""
