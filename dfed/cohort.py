@@ -223,4 +223,5 @@ def encode_order(job: Job, state: ServerState, cohort: Cohort) -> Message:
         "rate_factor": job.rate_factor(state.round_index),
         "up_names": [name for name in job.shapes if name in sent_up],
     }
-    return wire.encode("round", meta, entries, state.params, job.body.of(body_bytes), seed=job.seed)
+    return wire.encode("round", meta, entries, lambda entry: job.strategy.sent(state, entry.name, entry.codec),
+                       job.body.of(body_bytes), seed=job.seed)

@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from dfed.checkpoint import CheckpointSettings
-from dfed.choices import Choice, CodecChoice, DataSettings, check, check_evaluated, choose, choose_data, within
+from dfed.choices import Choice, CodecChoice, DataSettings, check, check_evaluated, choose, choose_data, options_of, within
 from dfed.client import ClientSettings, client_conflicts
 from dfed.comm import BackendSettings
 from dfed.comm.codecs import codec_of
@@ -27,7 +27,7 @@ from dfed.faults import shown, unknown_setting, unusable_numbers
 from dfed.fleet import FleetSettings
 from dfed.memory import MemorySettings
 from dfed.metrics import MetricsSettings
-from dfed.registry import CODECS, MODELS, PARTITIONERS, SAMPLERS, SERVER_OPTIMIZERS, STRATEGIES, Registry
+from dfed.registry import CODECS, MODELS, PARTITIONERS, SAMPLERS, SERVER_OPTIMIZERS, STRATEGIES, WRAPPERS, Registry
 from dfed.settings import Settings
 from dfed.yaml_io import read_config
 
@@ -66,6 +66,7 @@ class Config:
     cohort: int
     exchange: str
     strategy: Choice
+    wrap: tuple[Choice, ...]
     model: Choice
     data: DataSettings
     dataset_options: Mapping[str, Any]
@@ -89,6 +90,7 @@ class Config:
             "rounds": self.rounds,
             "cohort": self.cohort,
             "strategy": self.strategy.to_dict(),
+            "wrap": {choice.name: dict(choice.options) for choice in self.wrap},
             "model": self.model.to_dict(),
             "data": {**self.data.model_dump(), **self.dataset_options, "partition": self.partition.to_dict()},
             "fleet": self.fleet.model_dump(exclude_none=True),
@@ -111,7 +113,7 @@ class Config:
             device: Kind of device that clients train on, ``cpu`` or ``cuda``; part of the hash.
 
         Not part of it: where data lie, how ranks talk, what is measured and saved, how many failures end the run, and the
-        number of rounds, which may be extended unless the learning rate follows it, or the sampler does (``tifl``). With
+        number of rounds, which may be extended unless the learning rate, the sampler (``tifl``) or a wrapper follows it. With
         ``metrics.split: validation`` it counts how often and in what mini-batches is evaluated, as something may go by that.
         Where a strategy's norm statistics are worked out anew, the mini-batches in which that is done are part of it.
         """
@@ -125,8 +127,11 @@ class Config:
         value["threads"] = self.backend.threads  # sums inside kernels depend on how they are shared out
         if self.metrics.split == "validation":  # samplers and strategies may go by what evaluations say
             value["evaluated"] = [self.metrics.every, self.metrics.batch_size]
-        if self.client.schedule.name != "cosine" and self.sampler.name != "tifl":  # which counts its credits by the rounds
+        by_rounds = self.sampler.name == "tifl" or any("rounds" in w.options and w.options["rounds"] is None for w in self.wrap)
+        if self.client.schedule.name != "cosine" and not by_rounds:
             del value["rounds"]
+        if not self.wrap:
+            del value["wrap"]
         if "statistics_samples" in self.strategy.options:  # the last model holds them
             value["statistics"] = self.metrics.batch_size
         if self.fleet.csv is not None:
@@ -149,7 +154,7 @@ _CHOICES: dict[str, tuple[Registry, tuple[str, ...], str | None]] = {
     "sampler": (SAMPLERS, (), "uniform"),
 }
 _DIRECTIONS = ("down", "up")
-_TOP_LEVEL = sorted([*_GROUPS, *_CHOICES, *_Top.model_fields, "codecs", "compare", "data", "server"])
+_TOP_LEVEL = sorted([*_GROUPS, *_CHOICES, *_Top.model_fields, "codecs", "compare", "data", "server", "wrap"])
 
 
 def load_config(path: str | Path | None, overrides: Sequence[str] = (), base: Mapping[str, Any] | None = None) -> Config:
@@ -177,6 +182,7 @@ def _validate(raw: Mapping[str, Any], faults: list[Fault]) -> Config:
         parts[name] = check(model, value, name, faults)
     for name, (registry, given, default) in _CHOICES.items():
         parts[name] = choose(raw.get(name, default), name, registry, given, faults)
+    parts["wrap"] = _wraps(raw.get("wrap", {}), faults)
     check_compare(raw.get("compare", {}), faults)
     _data_parts(raw.get("data", {}), parts, faults)
     _server_parts(raw.get("server", {}), parts, faults)
@@ -189,6 +195,24 @@ def _validate(raw: Mapping[str, Any], faults: list[Fault]) -> Config:
     if faults:
         raise ConfigError(faults)
     return Config(seed=top.seed, rounds=top.rounds, cohort=top.cohort, exchange=top.exchange, **parts)
+
+
+def _wraps(raw: Any, faults: list[Fault]) -> tuple[Choice, ...]:
+    """What is put around the strategy, in the order of the config."""
+    if not isinstance(raw, Mapping):
+        example = f"must be a group of names, each with its options, such as {{lips: {{density: 0.5}}}}, but is {shown(raw)}."
+        faults.append(Fault("wrap", example))
+        return ()
+    found = []
+    for name, options in raw.items():
+        field = f"wrap.{name}"
+        if not isinstance(name, str) or not isinstance(options, Mapping):
+            faults.append(Fault(field, f"must be a group of options, and may be empty ({{}}), but is {shown(options)}."))
+            continue
+        chosen = options_of(name, "wrap", WRAPPERS, ("inner",), options, field, faults)
+        if chosen is not None:
+            found.append(Choice(name, chosen))
+    return tuple(found)
 
 
 def _data_parts(raw: Any, parts: dict[str, Any], faults: list[Fault]) -> None:

@@ -117,7 +117,8 @@ class Survey:
         """
         prepared = self._prepared
         planning = Planning(prepared.config, prepared.chain, choice, num_clients=prepared.fleet.num_clients,
-                            device=prepared.device, budgets=prepared.fleet.budgets(), tiers=prepared.fleet.tier_names)
+                            device=prepared.device, budgets=prepared.fleet.budgets(), tiers=prepared.fleet.tier_names,
+                            wraps=prepared.config.wrap if choice == prepared.config.strategy else ())
         rows, able = [], []
         with asking(choice.name, prepared.config.model.name):
             forecast = Forecast(planning, choice.name, prepared.plain.costs, prepared.config.server.deadline_s)

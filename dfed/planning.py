@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ from dfed.models.init import initialise
 from dfed.plan import Plan
 from dfed.planner import Costs, Store
 from dfed.planner.split import split_chain
-from dfed.registry import STRATEGIES, calling
+from dfed.registry import STRATEGIES, WRAPPERS, calling
 from dfed.strategies import Problem, Strategy
 
 __all__ = ["Planning"]
@@ -32,6 +32,7 @@ class Planning:
         num_clients: Size of the fleet.
         device: What clients train on.
         budgets, tiers: As :class:`dfed.strategies.Problem` has them.
+        wraps: What is put around the strategy, the innermost first.
 
     Attributes:
         shapes: Of the global model's floating-point tensors, by name: the chain's, then the strategy's own.
@@ -42,11 +43,12 @@ class Planning:
     """
 
     def __init__(self, config: Config, chain: Chain, choice: Choice, *, num_clients: int, device: torch.device,
-                 budgets: tuple[tuple[int | None, int], ...] = (), tiers: tuple[str, ...] = ()):
+                 budgets: tuple[tuple[int | None, int], ...] = (), tiers: tuple[str, ...] = (), wraps: Sequence[Choice] = ()):
         self.enforce, self._model = config.memory.enforce, config.model.name
         problem = Problem(
             chain=chain, splitting=Splitting.by_unit(chain.unit_names), phases=config.client.phases, num_clients=num_clients,
-            seed=config.seed, budgets=budgets, tiers=tiers, fits=lambda plan, budget: self.costs.fits(plan, budget),
+            seed=config.seed, budgets=budgets, tiers=tiers, rounds=config.rounds,
+            fits=lambda plan, budget: self.costs.fits(plan, budget),
             split=lambda count: split_chain(chain, config.client, num_blocks=count, store=_store(config.data.cache)).splitting,
             budget_bytes=lambda plan: self.costs.budget_bytes(plan),
         )
@@ -55,7 +57,9 @@ class Planning:
             raise ConfigError([Fault("model", message)])
         make = STRATEGIES.get(choice.name)
         with calling("strategy", choice.name):
-            self.strategy: Strategy = _made(make, problem, choice)
+            self.strategy: Strategy = _made(make, problem, choice, "strategy")
+            for wrap in wraps:
+                self.strategy = _made(WRAPPERS.get(wrap.name), self.strategy, wrap, f"wrap.{wrap.name}")
             self.splitting = self.strategy.splitting
             tensors, parameters = self._tensors(chain)
             self.shapes = {name: tuple(t.shape) for name, t in tensors.items() if t.is_floating_point()}
@@ -63,7 +67,8 @@ class Planning:
             self.forms = Forms(self.strategy, self.splitting, self.shapes, down=config.codecs["down"].spec,
                                up=config.codecs["up"].spec)
             self.costs = Costs(
-                self.strategy, config.client, self.forms, device, store=_store(config.data.cache), identity=choice.to_dict(),
+                self.strategy, config.client, self.forms, device, store=_store(config.data.cache),
+                identity=[choice.to_dict(), *(wrap.to_dict() for wrap in wraps)],
                 by_prediction=config.memory.enforce == "predicted",
             )
 
@@ -99,13 +104,13 @@ class Planning:
             return self.costs.budget_bytes(self.full_plan())
 
 
-def _made(make: Callable[..., Strategy], problem: Problem, choice: Choice) -> Strategy:
-    """The strategy; what it finds wrong with its options is said of the config's fields."""
+def _made(make: Callable[..., Strategy], of: Problem | Strategy, choice: Choice, group: str) -> Strategy:
+    """The strategy; what it finds wrong with its options is said of the config's fields, which are in ``group``."""
     try:
-        return make(problem, **choice.options)
+        return make(of, **choice.options)
     except ConfigError as error:
         raise ConfigError([
-            Fault(f"strategy.{fault.field}" if fault.field in choice.options else fault.field, fault.message)
+            Fault(f"{group}.{fault.field}" if fault.field in choice.options else fault.field, fault.message)
             for fault in error.faults
         ]) from error
 

@@ -26,6 +26,7 @@ __all__ = [
     "SAMPLERS",
     "SERVER_OPTIMIZERS",
     "STRATEGIES",
+    "WRAPPERS",
     "Registry",
     "UnknownName",
     "calling",
@@ -182,7 +183,11 @@ STRATEGIES = Registry("strategy", {
     "neulite": "dfed.strategies.neulite:NeuLite",
     "profl": "dfed.strategies.profl:ProFL",
     "progfed": "dfed.strategies.progfed:ProgFed",
+    "scaffold": "dfed.strategies.scaffold:Scaffold",
     "smartfreeze": "dfed.strategies.smartfreeze:SmartFreeze",
+})
+WRAPPERS = Registry("wrapper", {
+    "lips": "dfed.strategies.lips:Lips",
 })
 SAMPLERS = Registry("sampler", {
     "oort": "dfed.server.oort:Oort",
@@ -216,6 +221,7 @@ CODECS = Registry("codec", {
 })
 ALL = {
     "strategies": STRATEGIES,
+    "wrappers of strategies": WRAPPERS,
     "methods of dfed train": METHODS,
     "models": MODELS,
     "data sets": DATASETS,

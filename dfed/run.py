@@ -116,7 +116,7 @@ def prepare(config: Config, device: torch.device, *, to_run: bool = True) -> Pre
     if to_run:
         check_cap(config.memory, device, has_budgets=fleet.has_budgets)
     planning = Planning(config, chain, config.strategy, num_clients=fleet.num_clients, device=device,
-                        budgets=fleet.budgets(), tiers=fleet.tier_names)
+                        budgets=fleet.budgets(), tiers=fleet.tier_names, wraps=config.wrap)
     if planning.strategy.statistics_samples is not None and config.metrics.batch_size < 2:
         message = (f"must be at least 2 with strategy '{config.strategy.name}', which works the statistics of norms out of "
                    f"mini-batches of this size, but is {config.metrics.batch_size}.")

@@ -14,7 +14,7 @@ import contextlib
 import os
 import re
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -131,9 +131,10 @@ _ERROR, _OWN = "error/", "own/"
 
 
 def own_state(kept: Mapping[str, Tensor], form: Form, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
-    """What a strategy has a client remember, without what bears the name of a global tensor that the client does not hold now.
+    """What a strategy has a client remember, without what bears the name of a global tensor that the client does not hold now,
+    or ``<anything>/`` and the name of one that it does not send.
 
-    That would take the client's memory in vain; :func:`next_state` keeps it.
+    These would take the client's memory in vain; :func:`next_state` keeps them.
 
     Args:
         kept: All of the client's state.
@@ -141,7 +142,13 @@ def own_state(kept: Mapping[str, Tensor], form: Form, shapes: Mapping[str, tuple
         shapes: Of the global tensors.
     """
     own = {name.removeprefix(_OWN): value for name, value in kept.items() if name.startswith(_OWN)}
-    return {name: value for name, value in own.items() if name in form.regions or name not in shapes}
+    sent = {entry.name for entry in form.up}
+    return {name: value for name, value in own.items() if _is_wanted(name, form, sent, shapes)}
+
+
+def _is_wanted(name: str, form: Form, sent: Collection[str], shapes: Mapping[str, tuple[int, ...]]) -> bool:
+    prefix, _, tensor = name.rpartition("/")
+    return tensor not in shapes or (tensor in sent if prefix else tensor in form.regions)
 
 
 def errors_of(kept: Mapping[str, Tensor], form: Form) -> dict[str, Tensor]:

@@ -7,7 +7,7 @@ memory that a client needs.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -24,7 +24,6 @@ from dfed.strategies import Strategy
 __all__ = ["Batches", "LocalResult", "Skeleton", "rehearse", "run_plan"]
 
 Batches = Callable[[Phase], Iterable[tuple[Tensor, Tensor]]]
-_NOTHING: Mapping[str, Tensor] = {}
 
 
 @dataclass(frozen=True)
@@ -138,7 +137,7 @@ def run_plan(
     device: torch.device,
     generator: torch.Generator | None,
     after_batch: Callable[[], None] = lambda: None,
-    client_state: Mapping[str, Tensor] = _NOTHING,
+    client_state: MutableMapping[str, Tensor] | None = None,
     draw: Callable[[int], int] = lambda n: n - 1,
 ) -> LocalResult:
     """Train one client. Everything it allocates counts against the client's budget.
@@ -151,7 +150,7 @@ def run_plan(
         rate_factor: The round's factor on the learning rate.
         generator: For the layers that draw numbers, on ``device``.
         after_batch: Called after each step; may raise to abandon the training.
-        client_state: What the client remembers, on the CPU.
+        client_state: What the client remembers, on the CPU; the strategy may take things out of it.
         draw: ``model.draw``; see :meth:`Strategy.num_draws`.
     """
     model = skeleton.model
@@ -163,10 +162,13 @@ def run_plan(
         assert isinstance(model, Chain), "activation checkpointing works on chains: a strategy must build one"
         model.recompute = True
     model.draw = draw  # type: ignore[assignment]
+    client_state = {} if client_state is None else client_state
     strategy.receive(model, client_state, plan)
     wanted, count = _Wanted(strategy, plan, model), _Count(device)
     optimizer: torch.optim.Optimizer | None = None
     for phase in plan.phases:
+        if optimizer is not None:
+            optimizer.zero_grad(set_to_none=True)  # a phase may train less than the one before
         if wanted.change_to(phase) or optimizer is None:
             optimizer = None  # its state goes before the next one's comes
             optimizer = make_optimizer(settings, wanted.parameters, rate_factor)
@@ -180,10 +182,9 @@ def run_plan(
             optimizer.step()
             count.add(loss.detach(), len(y))
             after_batch()
-        optimizer.zero_grad(set_to_none=True)
     wanted.change_to(None)
-    update = _update(strategy, plan, model, regions)
     kept = _checked(strategy.remember(model, client_state, plan)) if strategy.keeps_state else client_state
+    update = _update(strategy, plan, model, regions)
     return LocalResult(update, kept, count.loss_sum, count.loss_square_sum, count.num_visits, count.num_steps)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -111,19 +111,22 @@ def layout(tensors: Iterable[tuple[str, str, str, tuple[int, ...]]]) -> tuple[tu
 
 
 def encode(
-    kind: str, meta: Mapping[str, Any], entries: Iterable[Entry], tensors: Mapping[str, Tensor], body: Tensor, *, seed: int = 0
+    kind: str, meta: Mapping[str, Any], entries: Iterable[Entry], tensors: Mapping[str, Tensor] | Callable[[Entry], Tensor],
+    body: Tensor, *, seed: int = 0,
 ) -> Message:
     """Encode ``tensors`` into ``body`` (uint8, as long as :func:`layout` said), which the message then refers to.
 
     Args:
         entries: In the order of their offsets.
+        tensors: By name; or what gives each entry's, as it is encoded.
         seed: The run's; codecs that draw do so by it, the round, the client and the tensor's name.
     """
     entries, filled = tuple(entries), 0
+    value_of = tensors if callable(tensors) else lambda entry: tensors[entry.name]
     for entry in entries:
         body[filled:entry.offset] = 0  # what lies between tensors crosses too
         filled = entry.offset + entry.num_bytes
-        codec_of(entry.codec).encode_into(tensors[entry.name], _part(body, entry), codec_key(entry, seed, kind, meta))
+        codec_of(entry.codec).encode_into(value_of(entry), _part(body, entry), codec_key(entry, seed, kind, meta))
     body[filled:] = 0
     return Message(kind, meta, entries, body)
 

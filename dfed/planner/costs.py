@@ -65,7 +65,7 @@ class Costs:
         if own is None:
             own = [identity, problem.num_clients, problem.seed]
         if own:
-            own = [describe(chain, strategy), *own]
+            own = [describe(chain, *strategy.parts), *own]
         self._depends = [describe(chain), what_counts(settings), own]
         self._lines: dict[str, PeakLine | None] = {}
         self._peaks: dict[str, int] = {}

@@ -7,7 +7,7 @@ and client. The defaults are plain federated averaging; :meth:`Strategy.plan` al
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, MutableMapping
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -85,6 +85,7 @@ class Problem:
         seed: The run's seed.
         budgets: The different budgets of the fleet in bytes, ascending, None (no limit) last, and how many clients have each.
         tiers: Names of the fleet's tiers.
+        rounds: How many rounds the run has.
         fits: Whether a plan of this strategy is sure to fit a budget in bytes (None: no limit), whoever has it.
         budget_bytes: The smallest budget that is sure to do for a plan of this strategy.
     """
@@ -96,6 +97,7 @@ class Problem:
     seed: int
     budgets: tuple[tuple[int | None, int], ...] = ()
     tiers: tuple[str, ...] = ()
+    rounds: int = 1
     fits: Callable[[Plan, int | None], bool] = _fits_all
     split: Callable[[int | None], Splitting] = _no_split
     budget_bytes: Callable[[Plan], int] = _nothing_needed
@@ -137,6 +139,13 @@ class Strategy(ABC):
     def plan(self, state: ServerState, candidate: Candidate) -> Plan | None:
         """What this client would do in this round; None: it cannot take part."""
 
+    def sent(self, state: ServerState, name: str, codec: str) -> Tensor:
+        """What goes down in the next round for the global tensor ``name``, to the clients whose plans have it in ``codec``.
+
+        float32, of the tensor's shape; by default its value.
+        """
+        return state.params[name]
+
     def region(self, name: str, shape: tuple[int, ...], plan: Plan) -> Region:
         """The part of the global tensor ``name`` (of shape ``shape``) that the plan's client holds."""
         return WHOLE
@@ -154,20 +163,22 @@ class Strategy(ABC):
             parameter.requires_grad_(splitting.block_of(name) in plan.train)
         return chain
 
-    def receive(self, model: nn.Module, client_state: Mapping[str, Tensor], plan: Plan) -> None:
+    def receive(self, model: nn.Module, client_state: MutableMapping[str, Tensor], plan: Plan) -> None:
         """Called under the client's cap when the model holds its values, before training. May prepare ``model``.
 
         Args:
             client_state: What :meth:`remember` gave the last time that this client completed a round, on the CPU; empty
                 before, and where ``keeps_state`` is false. Without what bears the name of a global tensor that the plan does
-                not hold, which is kept as it is.
+                not hold, or ``<anything>/`` and the name of one that it does not send, which are kept as they are. It counts
+                against the client's memory until the client is done; what is taken out of it does not.
         """
         return None
 
     def remember(self, model: nn.Module, client_state: Mapping[str, Tensor], plan: Plan) -> Mapping[str, Tensor]:
         """What the client keeps for its next turn, float32 by name. Called under its cap after training, if ``keeps_state``.
 
-        A client that fails in the round keeps what it had. Arguments as for :meth:`receive`.
+        Parameters still have the gradients of the last step. What is sent is taken from the model afterwards, and may be
+        prepared here. A client that fails in the round keeps what it had. Arguments as for :meth:`receive`.
         """
         return client_state
 
@@ -214,6 +225,11 @@ class Strategy(ABC):
             loss: Mean cross-entropy; NaN or infinite where the model is lost.
         """
         return state
+
+    @property
+    def parts(self) -> tuple[Strategy, ...]:
+        """The strategy, and what it is wrapped around."""
+        return (self,)
 
     def training_key(self) -> list[Any] | None:
         """JSON values on which, together with the plan, the memory and arithmetic of a client's training depend.

@@ -39,6 +39,9 @@ VARIANTS = {
                 "client={batch_size: 4, learning_rate: 0.01, epochs: null, steps: 2}"],
     # Parts of tensors, and what clients remember, with each client's update by itself.
     **{f"{name}_per_client": [SMOKE / f"{name}.yaml", "exchange=per_client"] for name in ("feddropout", "depthfl")},
+    # Masks that clients make of the gradients that they remember; and what goes down sparse.
+    "lips": [*PLAIN, "wrap={lips: {period: 1, rounds: 9, norms: local}}"],
+    "lips_shared": [SMOKE / "scaffold.yaml", "wrap={lips: {period: 1, masks: shared}}", "exchange=per_client"],
     "neulite_elastic": ELASTIC, "neulite_rolled_back": ROLLED_BACK,
     **{path.stem: [path] for path in OTHERS},
 }
@@ -168,16 +171,17 @@ def test_methods_on_depth_stay_within_the_memory_that_they_planned_for(reference
     assert (steps["weak"] == {1}) == (name != "fedepth")  # several parts, an epoch each
 
 
-def test_what_methods_on_depth_remember_survives_a_resumption(reference, tmp_path):
+def test_what_methods_remember_survives_a_resumption(reference, tmp_path):
     runs = []
-    for name, done in (("depthfl", 1), ("progfed", 2), ("neulite_elastic", 3), ("neulite_rolled_back", 1)):
+    for name, done in (("depthfl", 1), ("progfed", 2), ("neulite_elastic", 3), ("neulite_rolled_back", 1), ("scaffold", 1),
+                       ("lips", 2)):
         folder = tmp_path / name
         runs += [[*VARIANTS[name], f"rounds={done}", "--out", folder], ["--resume", folder, f"rounds={done + 1}"]]
     # After the last round of what was asked for there is an evaluation beyond those that are due: it leaves no trace.
     folder = tmp_path / "heterofl"
     runs += [[*VARIANTS["heterofl"], "rounds=1", "metrics.every=2", "--out", folder], ["--resume", folder, "rounds=2"]]
     run_several(runs, tmp_path, ranks=1)
-    for name in ("depthfl", "progfed", "neulite_elastic", "neulite_rolled_back", "heterofl"):
+    for name in ("depthfl", "progfed", "neulite_elastic", "neulite_rolled_back", "scaffold", "lips", "heterofl"):
         assert summary(tmp_path / name)["params_sha256"] == summary(reference / name)["params_sha256"]
         assert comparable(tmp_path / name) == comparable(reference / name)
 

@@ -85,7 +85,7 @@ def test_all_faults_are_reported_together():
 
 KNOWN_AT_THE_TOP = (
     "known here: backend, checkpoint, client, codecs, cohort, compare, data, exchange, fleet, memory, metrics, model, rounds, "
-    "sampler, seed, server, strategy."
+    "sampler, seed, server, strategy, wrap."
 )
 ONE_FAULT = [
     # The top level.
@@ -254,6 +254,14 @@ ONE_FAULT = [
     ("client.epochs=1" + "0" * 30,
      "`client.epochs` must be a number of 64 bits (at most 9223372036854775807), but is 1" + "0" * 30 + "."),
     ("backend.threads=1000000000", "`backend.threads` must be at most 256, but is 1000000000."),
+    # What is around the strategy.
+    ("wrap=lips", "`wrap` must be a group of names, each with its options, such as {lips: {density: 0.5}}, but is 'lips'."),
+    ("wrap.lips=0.5", "`wrap.lips` must be a group of options, and may be empty ({}), but is 0.5."),
+    ("wrap.lip={}", "`wrap` must be one of lips, but is 'lip'. Did you mean 'lips'?"),
+    ("wrap.lips.densty=0.5", "`wrap.lips.densty` is not a setting; known here: control, density, fill, masks, norms, period, "
+                             "rounds, score. Did you mean 'density'?"),
+    ("wrap.lips.density=0", "`wrap.lips.density` must be greater than 0, but is 0."),
+    ("wrap.lips.score=grad", "`wrap.lips.score` must be one of gradient, magnitude, low, random, but is 'grad'."),
     # The rest.
     ("memory=off", "`memory` must be a group of settings, but is 'off'."),
     ("memory.enforce=false", "`memory.enforce` must be one of hard, predicted, off, but is false."),

@@ -13,7 +13,7 @@ from dfed.fleet import DeviceProfile
 from dfed.models import build_chain, materialise
 from dfed.models.init import initialise
 from dfed.planner import ClientPlanner, Costs
-from dfed.registry import STRATEGIES
+from dfed.registry import STRATEGIES, WRAPPERS
 from dfed.strategies import Candidate, Problem
 
 torch.set_num_threads(1)
@@ -26,15 +26,17 @@ class Small:
     """A strategy on a small chain with its forms and costs, as ``dfed.planning`` makes them, and first values."""
 
     def __init__(self, strategy, model="cnn", options=None, *, shape=SHAPE, num_clients=5, client=None, budgets=(),
-                 tiers=("t",), **settings):
+                 tiers=("t",), wrap=None, rounds=1, **settings):
         self.chain = build_chain(model, CNN if options is None else options, input_shape=shape, num_classes=CLASSES)
         self.settings = ClientSettings(**{"batch_size": 8, "learning_rate": 0.05, **(client or {})})
         problem = Problem(
             chain=self.chain, splitting=Splitting.by_unit(self.chain.unit_names), phases=self.settings.phases,
-            num_clients=num_clients, seed=1, budgets=budgets, tiers=tiers,
+            num_clients=num_clients, seed=1, budgets=budgets, tiers=tiers, rounds=rounds,
             fits=lambda plan, budget: self.costs.fits(plan, budget), budget_bytes=lambda plan: self.costs.budget_bytes(plan),
         )
         self.strategy = STRATEGIES.get(strategy)(problem, **settings)
+        for name, options in (wrap or {}).items():
+            self.strategy = WRAPPERS.get(name)(self.strategy, **options)
         self.values = dict(materialise(self.chain.skeleton(), rng.torch_generator(1, "init")).state_dict())
         for name, extra in self.strategy.extras.items():
             real = copy.deepcopy(extra).to_empty(device="cpu")
