@@ -43,6 +43,7 @@ class Job:
         plain: Costs of plainly training the full model, whatever the strategy.
         body: On the server: holds what is broadcast, from round to round.
         deadline_s: How many simulated seconds the server waits for its clients at most; None: for as long as it takes.
+        units: The unit of each parameter, by name, if it is to be measured how far they move; else empty.
     """
 
     seed: int
@@ -71,6 +72,7 @@ class Job:
     sums: SumsBuffer = field(default_factory=SumsBuffer)
     body: wire.Buffer = field(default_factory=wire.Buffer)
     stop_requested: Callable[[], bool]
+    units: Mapping[str, str] = field(default_factory=dict)
 
     def asked(self, state: ServerState) -> Asked:
         """The plans that the strategy has for clients in the round after ``state``; none is asked for yet."""

@@ -45,11 +45,18 @@ class EntrySettings:
         label: Unique; names its runs' folders.
         strategy: As a config writes it: a group with ``name`` and options, which are not checked yet.
         settings: Settings of its runs only, by dotted key; none is a whole group, and none is inside another.
+        swept_from: If a sweep made it: the label of the entry that it is made from.
     """
 
     label: str
     strategy: Mapping[str, Any]
     settings: Mapping[str, Any]
+    swept_from: str | None = None
+
+    @property
+    def origin(self) -> str:
+        """The label of the entry in the config."""
+        return self.swept_from or self.label
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -23,6 +23,7 @@ from dfed.compare_settings import (
 from dfed.config import Config, load_config
 from dfed.differences import differences
 from dfed.errors import ConfigError, Fault
+from dfed.sweeps import swept, take_sweeps
 from dfed.yaml_io import apply_override, read_yaml, set_value
 
 __all__ = ["Comparison", "PlannedRun", "check_folder", "load_comparison", "progress_of"]
@@ -73,7 +74,8 @@ def load_comparison(path: str | Path, overrides: Sequence[str] = (), *, strategi
     """The comparison that a config file describes; every run's config is loaded.
 
     Args:
-        overrides: ``key.sub=value``, of the config that all share or of its group ``compare``.
+        overrides: ``key.sub=value``, of the config that all share or of its group ``compare``; with several values
+            (``key.sub=a,b``) every entry is there with each of them.
         strategies: Only the entries of these labels or strategies; names that are neither are strategies with their defaults.
         seeds: Instead of the config's, at most 1,000.
         quick: Whether to take the short form, ``compare.quick``; settings of ``overrides`` are kept.
@@ -82,7 +84,8 @@ def load_comparison(path: str | Path, overrides: Sequence[str] = (), *, strategi
         ConfigError: With all faults there are, of the shared config, of the group, and of every entry.
     """
     raw, faults = read_yaml(path), list[Fault]()
-    for override in overrides:
+    plain, sweeps = take_sweeps(overrides, faults)
+    for override in plain:
         apply_override(raw, override, faults)
     compare = check_compare(raw.pop("compare", {}), faults)
     shared = _faults_of(raw)
@@ -96,12 +99,13 @@ def load_comparison(path: str | Path, overrides: Sequence[str] = (), *, strategi
         shared += found
         faults += [_of_settings("compare.quick", fault) for fault in found]
     entries = _chosen(compare, strategies)
-    if not entries:
-        faults.append(Fault("compare.strategies", "must be given, here or by --strategies, but is not."))
-    if strategies is not None:
-        check_labels(entries, faults)
     if form is not None:
         entries = [(field, _without_own(entry, compare.quick)) for field, entry in entries]
+    entries = swept(entries, sweeps)
+    if not entries:
+        faults.append(Fault("compare.strategies", "must be given, here or by --strategies, but is not."))
+    if strategies is not None or sweeps:
+        check_labels(entries, faults)
     configs = {entry.label: _config(raw, entry, field, form, shared, faults) for field, entry in entries}
     wanted, field = (compare.seeds, "compare.seeds") if form is None else (form.seeds, "compare.quick.seeds")
     wanted, field = (wanted, field) if seeds is None else (seeds, "--seeds")
@@ -114,7 +118,7 @@ def load_comparison(path: str | Path, overrides: Sequence[str] = (), *, strategi
     return Comparison(
         labels=labels, seeds=numbers, runs=tuple(runs), target_accuracy=compare.target_accuracy,
         target_share=compare.target_share, quick=form,
-        reference=compare.reference if compare.reference in labels else labels[0],
+        reference=next((entry.label for _, entry in entries if entry.origin == compare.reference), labels[0]),
     )
 
 
@@ -180,7 +184,7 @@ def _chosen(compare: CompareSettings, names: Sequence[str] | None) -> list[tuple
 def _config(raw: Mapping[str, Any], entry: EntrySettings, field: str, quick: QuickSettings | None, shared: Sequence[Fault],
             faults: list[Fault]) -> Config | None:
     """The whole config of an entry; None with those of its faults noted that the shared config does not have itself."""
-    options = quick.entries.get(entry.label, {}) if quick is not None else {}
+    options = quick.entries.get(entry.origin, {}) if quick is not None else {}
     found: list[Fault] = []
     own = _changed({**raw, "strategy": {**entry.strategy, **options}}, entry.settings, found)
     if quick is not None:
@@ -190,7 +194,7 @@ def _config(raw: Mapping[str, Any], entry: EntrySettings, field: str, quick: Qui
     except ConfigError as error:
         found += error.faults
     found = [fault for fault in found if fault not in shared]
-    faults += [_of_entry(fault, field, f"compare.quick.entries.{entry.label}", options) for fault in found]
+    faults += [_of_entry(fault, field, f"compare.quick.entries.{entry.origin}", options) for fault in found]
     return None if found or shared else config
 
 

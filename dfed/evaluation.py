@@ -20,7 +20,8 @@ from dfed.state import ServerState, as_saved
 
 __all__ = ["evaluate", "evaluate_test", "evaluate_variants", "evaluated_params", "follow_evaluation"]
 
-_HELD_OUT, _TEST = "held_out", "test"  # the data of `metrics.split`, and the test set at the end of a run
+# The data of `metrics.split`, the test set at the end of a run, and the samples of `metrics.effectiveness_samples`.
+_HELD_OUT, _TEST, _SAMPLE = "held_out", "test", "sample"
 
 
 def evaluate(run: Run, state: ServerState) -> tuple[ServerState, Evaluation]:
@@ -35,14 +36,14 @@ def evaluate(run: Run, state: ServerState) -> tuple[ServerState, Evaluation]:
     Raises:
         ExchangeFailed: If the server failed while the others were at work; they cannot be told.
     """
-    strategy = run.job.strategy
-    params, found = _evaluate(run, strategy.evaluated(state), state)
+    strategy, samples = run.job.strategy, run.config.metrics.is_due(state.round_index, run.config.rounds)
+    params, found = _evaluate(run, strategy.evaluated(state), state, samples=samples)
     if state.round_index % run.config.metrics.every == 0:  # where a run was only cut short, an undisturbed one knows nothing
         state = note_evaluation(run.job.sampler, state, found.accuracy_on)
         if strategy.heeds_evaluation is not None:
             judged = strategy.judged(state, found.loss)
             if judged.params is not state.params:  # the figures are to be those of the model that goes on
-                params, found = _evaluate(run, strategy.evaluated(judged), judged)
+                params, found = _evaluate(run, strategy.evaluated(judged), judged, samples=samples)
             state = replace(judged, facts=as_saved("the facts of a strategy", judged.facts))
     if state.round_index == run.config.rounds:
         state = replace(state, params=params)
@@ -91,20 +92,32 @@ def follow_evaluation(run: Run, order: Message) -> None:
         _sums(run, order)
 
 
-def _evaluate(run: Run, plan: Plan, state: ServerState, *, data: str = _HELD_OUT) -> tuple[Mapping[str, Tensor], Evaluation]:
-    """The global model with the norm statistics that the plan's sub-model was evaluated with, and the figures on ``data``."""
+def _evaluate(run: Run, plan: Plan, state: ServerState, *, data: str = _HELD_OUT, samples: bool = False
+              ) -> tuple[Mapping[str, Tensor], Evaluation]:
+    """The global model with the norm statistics that the plan's sub-model was evaluated with, and the figures on ``data``.
+
+    Args:
+        samples: Whether it is also tried on the samples of ``metrics.effectiveness_samples``, if that is asked for at all.
+    """
     params, refused = evaluated_params(run, plan, state)
-    order = run.transport.broadcast(_order(run, "evaluate", plan, params, state.round_index, data=data))
+    found = replace(_figures(run, plan, params, state.round_index, data), refused=refused)
+    if samples and run.sample_evaluator is not None:
+        found = replace(found, sampled=_figures(run, plan, params, state.round_index, _SAMPLE))
+    return params, found
+
+
+def _figures(run: Run, plan: Plan, params: Mapping[str, Tensor], round_index: int, data: str) -> Evaluation:
+    order = run.transport.broadcast(_order(run, "evaluate", plan, params, round_index, data=data))
     with no_answer(run.transport):
         shards = _shard(run, order)
     assert shards is not None, "the server gathers"
-    return params, replace(combine(shards), refused=refused)
+    return combine(shards)
 
 
 def _shard(run: Run, order: Message) -> list[Any] | None:
     """This rank's share of an evaluation; on the server everybody's."""
     transport, plan = run.transport, Plan.from_json(order.meta["plan"])
-    evaluator = run.test_evaluator if order.meta["data"] == _TEST else run.evaluator
+    evaluator = {_HELD_OUT: run.evaluator, _TEST: run.test_evaluator, _SAMPLE: run.sample_evaluator}[order.meta["data"]]
     assert evaluator is not None, "asked for by the config, which is every rank's"
     batches = evaluator.run(plan, wire.decode(order), transport.rank, transport.size)
     parts = transport.gather({"batches": batches})

@@ -20,7 +20,9 @@ from dfed.config import Config
 from dfed.device_models import device_models
 from dfed.errors import CheckpointError, ExchangeFailed, RankLost, SumsLost, WireError
 from dfed.evaluation import evaluate, evaluate_test, evaluate_variants, follow_evaluation
+from dfed.inertia_record import InertiaRecord
 from dfed.metrics import MetricsWriter, add_totals, empty_totals
+from dfed.personalised import PersonalisedAccuracy, effectiveness
 from dfed.report.console import Console, causes
 from dfed.report.folder import RunFolder
 from dfed.round import lead_round, take_part
@@ -90,6 +92,10 @@ class Leader:
         self._saved, self._stopped = self.state.round_index, False
         self._warned_empty = self._warned_stale = False
         self._evaluation: Evaluation | None = None
+        self._personalised, self._inertia = PersonalisedAccuracy(run.job.partition), None
+        if run.config.metrics.inertia:
+            self._inertia = InertiaRecord(folder.path, units=run.job.units, reference=run.config.metrics.inertia_reference,
+                                          state=self.state)
         self._console = Console(run.config, run.job, run.link)
         self._console.started(folder.path, self.state.round_index, time.perf_counter() - start)
         folder.write_environment(run.link, run.config)
@@ -125,7 +131,7 @@ class Leader:
             self._writer.close()
             self._console.close()
         summary = self._folder.write_summary(
-            self._config, self._run.job, self.state, self._evaluation, variants, test, models, self._stopped
+            self._config, self._run.job, self.state, self._evaluation, variants, test, models, self._stopped, self._personalised
         )
         self._console.finished(summary, self._folder.path)
         return EXIT_STOPPED if self._stopped else 0
@@ -152,18 +158,24 @@ class Leader:
         done = state.round_index
         self._stopped = result.stop_requested
         last = self._stopped or done == config.rounds
-        due = done % config.metrics.every == 0 or done == config.rounds
+        due = config.metrics.is_due(done, config.rounds)
         if due or last:
             begun = time.perf_counter()
             state, self._evaluation = evaluate(self._run, state)
             result.row.update(
-                accuracy=self._evaluation.accuracy, loss=self._evaluation.loss, evaluation_s=time.perf_counter() - begun
+                accuracy=self._evaluation.accuracy, personalised_accuracy=self._personalised.of(self._evaluation),
+                loss=self._evaluation.loss, evaluation_s=time.perf_counter() - begun,
             )
+            if self._evaluation.sampled is not None:
+                plan = self._run.job.strategy.evaluated(state)
+                result.row["effectiveness"] = effectiveness(self._run.job, plan, result.completed, self._evaluation.sampled)
             if self._run.job.strategy.heeds_evaluation is not None:
                 result.row["strategy"] = as_saved("what a strategy notes of a round", self._run.job.strategy.note(state))
             if self._evaluation.refused is not None:
                 result.row["statistics"] = "stale"
                 self._warn_if_stale(self._evaluation)
+        if self._inertia is not None:
+            result.row["inertia"] = self._inertia.measure(self.state, state, result.diversity)
         # An evaluation that comes of being stopped must not count when the run goes on.
         counted = result.row if due else {**result.row, "statistics": None}
         self.state = replace(state, totals=add_totals(state.totals, counted, result.clients))

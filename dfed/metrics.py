@@ -35,6 +35,10 @@ class EvaluationSettings(Settings):
     split: Literal["test", "validation"] = "test"
     test_at_end: bool = False
 
+    def is_due(self, done: int, total: int) -> bool:
+        """Whether the model is evaluated after ``done`` rounds of ``total``."""
+        return done % self.every == 0 or done == total
+
 
 class MetricsSettings(EvaluationSettings):
     """What is measured of a run, and how often.
@@ -42,10 +46,19 @@ class MetricsSettings(EvaluationSettings):
     Attributes:
         tensorboard: Whether to write TensorBoard events.
         bytes_by_block: Whether each client's line also says what every block weighed; the rounds' lines always do.
+        inertia: Whether to measure how far each unit of the global model moves; see :mod:`dfed.inertia`.
+        inertia_reference: After so many completed rounds the global model is what later ones are compared to.
+        effectiveness: Whether to measure what aggregation does to clients' accuracy; see
+            :func:`dfed.personalised.effectiveness`.
+        effectiveness_samples: Held-out samples of ``split`` on which that is measured, the same for all clients and rounds.
     """
 
     tensorboard: bool = True
     bytes_by_block: bool = False
+    inertia: bool = False
+    inertia_reference: Annotated[int, Field(ge=0)] = 3
+    effectiveness: bool = False
+    effectiveness_samples: Annotated[int, Field(ge=1)] = 500
 
 
 def empty_totals(tier_names: Sequence[str]) -> dict[str, Any]:

@@ -10,11 +10,14 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
+from torch import Tensor
+
 from dfed.cohort import Cohort, Job, choose_cohort, encode_order
 from dfed.comm import Message, Transport, wire
 from dfed.comm.partial_sums import PartialSums
 from dfed.drawing import advance, begin
 from dfed.errors import ExchangeFailed, RankLost, SumsLost, TooManyFailures, UpdateRejected, WireError
+from dfed.inertia import MeanChange
 from dfed.plan import Plan
 from dfed.planner import learn
 from dfed.registry import calling
@@ -32,12 +35,16 @@ class RoundResult:
     Attributes:
         row, clients: The round's line of metrics, and its clients' lines.
         stop_requested: Whether some rank was asked to stop.
+        completed: Of each client that completed, its plan and its report.
+        diversity: Of each unit that some of them sent, if that is measured: see :class:`dfed.inertia.MeanChange`.
     """
 
     state: ServerState
     row: dict[str, Any]
     clients: list[dict[str, Any]]
     stop_requested: bool
+    completed: Mapping[int, tuple[Plan, Mapping[str, Any]]]
+    diversity: Mapping[str, float | None]
 
 
 def lead_round(job: Job, state: ServerState) -> RoundResult:
@@ -65,9 +72,11 @@ def lead_round(job: Job, state: ServerState) -> RoundResult:
     _check_failures(job, reports, state.round_index)
 
     # 6. Aggregate: covered entries become the weighted mean, the others stay; then the server optimiser.
-    completed = [cohort.plans[report["client"]] for report in reports if report["status"] == "completed"]
+    done = {report["client"]: (cohort.plans[report["client"]], report) for report in reports if report["status"] == "completed"}
+    completed = [plan for plan, _ in done.values()]
+    changes = MeanChange(job.units, _received(job, order, completed)) if job.units else None
     new = aggregate(
-        state, sums, [_contribution(job, plan) for plan in completed], order.meta["scale"], job.optimizer, job.buffers
+        state, sums, [_contribution(job, plan) for plan in completed], order.meta["scale"], job.optimizer, job.buffers, changes
     )
 
     # 7. Metrics, virtual clock, and the strategy's own state.
@@ -86,7 +95,9 @@ def lead_round(job: Job, state: ServerState) -> RoundResult:
     new = replace(new, infeasible=_infeasible(job, cohort, clients, state),
                   clients={**state.clients, **dict.fromkeys(keepers, state.round_index)})
     new = replace(new, facts=as_saved("the facts of a strategy", new.facts))
-    return RoundResult(new, row, clients, any(part["stop"] for part in parts))
+    weights = {client: job.partition.num_samples(client) * order.meta["scale"] for client in done}
+    diversity = {} if changes is None else changes.diversity((weights[c], done[c][1]["change_squares"]) for c in done)
+    return RoundResult(new, row, clients, any(part["stop"] for part in parts), done, diversity)
 
 
 @contextmanager
@@ -188,6 +199,17 @@ def _contribution(job: Job, plan: Plan) -> Contribution:
     form = job.forms.of(plan)
     sent = {entry.name: form.regions[entry.name] for entry in form.up}
     return Contribution(job.partition.num_samples(plan.client), sent)
+
+
+def _received(job: Job, order: Message, completed: Iterable[Plan]) -> dict[str, Tensor]:
+    """Of each tensor that one of these plans sends up, what their clients had received; not where codecs differed."""
+    codecs: dict[str, set[str]] = {}
+    for form in {id(form): form for form in map(job.forms.of, completed)}.values():
+        down = {entry.name: entry.codec for entry in form.down}
+        for entry in form.up:
+            codecs.setdefault(entry.name, set()).add(down.get(entry.name, ""))
+    sent = wire.decode_all(order, seed=job.seed)
+    return {name: sent[name, codec] for name, (codec, *others) in codecs.items() if not others and codec}
 
 
 def _check_failures(job: Job, reports: Sequence[Mapping[str, Any]], round_index: int) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from dfed.client import Evaluator, Worker
+from dfed.client import Evaluator, Trial, Worker, sample_of
 from dfed.cohort import Job
 from dfed.comm import Link, Transport
 from dfed.config import Choice, Config
@@ -71,6 +71,7 @@ class Run:
     Attributes:
         evaluator: On ``metrics.split``.
         test_evaluator: On the test set, with ``metrics.test_at_end``; else None.
+        sample_evaluator: On the samples of ``metrics.effectiveness``; None without.
     """
 
     config: Config
@@ -79,6 +80,7 @@ class Run:
     planning: Planning
     evaluator: Evaluator
     test_evaluator: Evaluator | None = None
+    sample_evaluator: Evaluator | None = None
 
     @property
     def transport(self) -> Transport:
@@ -206,6 +208,13 @@ def _evaluated_on(config: Config, data: DataSplits) -> list[Dataset]:
     return [held_out, data.test] if config.metrics.test_at_end else [held_out]
 
 
+def _samples(config: Config, data: DataSplits) -> list[Dataset]:
+    """The few samples of ``metrics.split`` of ``metrics.effectiveness``; none without."""
+    if not config.metrics.effectiveness:
+        return []
+    return [sample_of(_evaluated_on(config, data)[0], config.metrics.effectiveness_samples, config.seed)]
+
+
 def assemble(prepared: Prepared, link: Link, stop: StopFlag, *, clients_folder: Path | None = None) -> Run:
     """This rank's part of the run, now that it knows its place among the others.
 
@@ -216,24 +225,31 @@ def assemble(prepared: Prepared, link: Link, stop: StopFlag, *, clients_folder: 
     if link.device.type == "cuda":
         torch.use_deterministic_algorithms(True, warn_only=True)
     job = _job(prepared, link, stop, clients_folder)
+    held_outs = [*_evaluated_on(config, data), *_samples(config, data)]
     evaluators = [Evaluator(job.strategy, job.forms, held_out, data.train, batch_size=config.metrics.batch_size,
-                            device=link.device, seed=config.seed) for held_out in _evaluated_on(config, data)]
+                            device=link.device, seed=config.seed) for held_out in held_outs]
     # What is there now stays: a collection after each client, which gives its memory back, need not look at it.
     gc.collect()
     gc.freeze()
     return Run(config=config, job=job, link=link, planning=prepared.planning, evaluator=evaluators[0],
-               test_evaluator=evaluators[1] if config.metrics.test_at_end else None)
+               test_evaluator=evaluators[1] if config.metrics.test_at_end else None,
+               sample_evaluator=evaluators[-1] if config.metrics.effectiveness else None)
 
 
 def _job(prepared: Prepared, link: Link, stop: StopFlag, clients_folder: Path | None) -> Job:
     config, planning, fleet, transport = prepared.config, prepared.planning, prepared.fleet, link.transport
+    units = {name: planning.strategy.splitting.block_of(name) for name in planning.shapes
+             if config.metrics.inertia and name not in planning.buffers}
+    metrics = config.metrics
+    trials = [Trial(dataset, metrics.batch_size, link.device, is_due=lambda index: metrics.is_due(index + 1, config.rounds))
+              for dataset in _samples(config, prepared.data)]
     worker = None
     if transport.is_client:
         cap = make_cap(config.memory, link.device, has_budgets=fleet.has_budgets)
         worker = Worker(
             planning.strategy, prepared.data.train, prepared.partition, config.client, shapes=planning.shapes, cap=cap,
             forms=planning.forms, device=link.device, seed=config.seed, error_feedback=config.error_feedback,
-            abandoned=lambda: stop.is_set and transport.abandoned(),
+            abandoned=lambda: stop.is_set and transport.abandoned(), units=units, trial=next(iter(trials), None),
         )
     keeps_state = config.error_feedback or planning.strategy.keeps_state
     return Job(
@@ -248,5 +264,5 @@ def _job(prepared: Prepared, link: Link, stop: StopFlag, clients_folder: Path | 
         clients_folder=str(clients_folder.resolve()) if clients_folder is not None and keeps_state else None,
         refuses_over_budget=config.memory.enforce == "predicted",
         rate_factor=lambda round_index: config.client.schedule.at(round_index, config.rounds),
-        transport=transport, worker=worker, stop_requested=lambda: stop.is_set,
+        transport=transport, worker=worker, stop_requested=lambda: stop.is_set, units=units,
     )

@@ -13,7 +13,7 @@ import yaml
 from dfed.errors import ConfigError, Fault
 from dfed.faults import shown
 
-__all__ = ["apply_override", "dump_yaml", "read_config", "read_yaml", "set_value"]
+__all__ = ["apply_override", "dump_yaml", "parts_of", "read_config", "read_yaml", "set_value"]
 
 _NUMBERS_AND_WORDS = {
     "bool": (r"true|True|TRUE|false|False|FALSE", "tTfF"),
@@ -172,6 +172,18 @@ def apply_override(raw: dict[str, Any], override: str, faults: list[Fault]) -> N
         faults.append(Fault(path, _complaint("a YAML value", shown(text), error)))
         return
     set_value(raw, path, value, faults)
+
+
+def parts_of(text: str) -> list[Any]:
+    """The values in a text of YAML values with commas between them: one, unless a comma stands outside of brackets and quotes.
+
+    Empty where the text is none.
+    """
+    try:
+        value = _parse(f"[{text}]")
+    except yaml.YAMLError:
+        return []
+    return value if isinstance(value, list) else []
 
 
 def set_value(raw: dict[str, Any], path: str, value: Any, faults: list[Fault]) -> None:

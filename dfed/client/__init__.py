@@ -1,6 +1,6 @@
 """The client's side: local training under a cap, and evaluation."""
 
-from dfed.client.evaluation import Evaluation, Evaluator, combine, evaluate_batch
+from dfed.client.evaluation import Evaluation, Evaluator, Trial, combine, evaluate_batch, sample_of
 from dfed.client.forms import DEFAULT_CODEC, Form, Forms, nothing
 from dfed.client.report import ClientReport
 from dfed.client.settings import ClientSettings, ScheduleSettings, TrainingSettings, client_conflicts, make_optimizer
@@ -18,6 +18,7 @@ __all__ = [
     "LocalResult",
     "ScheduleSettings",
     "Skeleton",
+    "Trial",
     "TrainingSettings",
     "Worker",
     "client_conflicts",
@@ -26,4 +27,5 @@ __all__ = [
     "make_optimizer",
     "nothing",
     "run_plan",
+    "sample_of",
 ]

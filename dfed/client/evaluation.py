@@ -6,8 +6,9 @@ is computed; and they are added in the order of the mini-batches. So the result 
 
 from __future__ import annotations
 
+import logging
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -19,15 +20,17 @@ from torch import Tensor, nn
 
 from dfed import rng
 from dfed.client.forms import Forms
-from dfed.client.statistics import STATISTICS_RANGE, norm_statistics, statistics_names
 from dfed.client.training import Skeleton
+from dfed.client.statistics import STATISTICS_RANGE, norm_statistics, statistics_names
 from dfed.comm.partial_sums import PartialSums, weight_scale
-from dfed.data import Dataset
+from dfed.data import Dataset, Subset
 from dfed.plan import Plan
 from dfed.region import WHOLE
 from dfed.strategies import Strategy
 
-__all__ = ["Evaluation", "Evaluator", "combine", "evaluate_batch"]
+__all__ = ["Evaluation", "Evaluator", "Trial", "combine", "evaluate_batch", "sample_of"]
+
+logger = logging.getLogger(__name__)
 
 _MOST_SKELETONS = 8
 
@@ -41,6 +44,7 @@ class Evaluation:
         accuracy: Share of samples whose largest logit is their class.
         correct, count: Right answers and samples, by class, int64.
         refused: Why norm statistics, where they are to be worked out for the model, could not be; None if they were.
+        sampled: Figures of the same model on the samples of ``metrics.effectiveness_samples``; None: it was not tried on them.
     """
 
     loss: float
@@ -48,6 +52,7 @@ class Evaluation:
     correct: np.ndarray
     count: np.ndarray
     refused: str | None = None
+    sampled: Evaluation | None = None
 
     def accuracy_on(self, mix: np.ndarray | None) -> float:
         """Accuracy on held-out samples weighted to the class mix ``mix`` (a histogram, any scale; None: as they are).
@@ -145,7 +150,53 @@ class Evaluator:
             skeleton.unload()
 
 
-def evaluate_batch(model: nn.Module, dataset: Dataset, number: int, *, batch_size: int, device: torch.device) -> list[Any]:
+@dataclass(frozen=True)
+class Trial:
+    """Tries clients' own models, right after their training, on the same few held-out samples.
+
+    Attributes:
+        dataset: These samples; see :func:`sample_of`.
+        batch_size: Of mini-batches.
+        device: Where the models are.
+        is_due: Whether models of the round of this index are tried.
+    """
+
+    dataset: Dataset
+    batch_size: int
+    device: torch.device
+    is_due: Callable[[int], bool]
+
+    def correct(self, model: nn.Module) -> list[int] | None:
+        """Right answers by class of a model that has its values, which is left in evaluation mode.
+
+        None where it does not give one score for each class, or raises: it is no model that can be used as it is.
+        """
+        def scores(x: Tensor) -> Tensor:
+            found = model(x)
+            if found.shape != (len(x), self.dataset.num_classes):
+                raise ValueError(f"scores must be of {self.dataset.num_classes} classes, but are of shape {tuple(found.shape)}")
+            return found
+
+        model.eval()
+        try:
+            with torch.inference_mode():
+                num_batches = -(-self.dataset.num_samples // self.batch_size)
+                batches = [evaluate_batch(scores, self.dataset, number, batch_size=self.batch_size, device=self.device)
+                           for number in range(num_batches)]
+            return [int(number) for number in combine([batches]).correct]
+        except Exception as error:
+            logger.debug("a client's own model cannot be tried: %s: %s", type(error).__name__, error)
+            return None
+
+
+def sample_of(dataset: Dataset, num_samples: int, seed: int) -> Dataset:
+    """So many samples of ``dataset`` (all, if it has fewer), drawn by the run's seed; the same on every rank."""
+    order = rng.Permutation(dataset.num_samples, seed, "effectiveness")
+    return Subset(dataset, np.sort(order.take(np.arange(min(num_samples, dataset.num_samples)))))
+
+
+def evaluate_batch(model: Callable[[Tensor], Tensor], dataset: Dataset, number: int, *, batch_size: int,
+                   device: torch.device) -> list[Any]:
     """Figures of ``model``, in evaluation mode on ``device``, on the mini-batch ``number`` of ``dataset``.
 
     Returns:

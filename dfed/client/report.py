@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import traceback
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from dfed.memory import is_out_of_memory
 from dfed.settings import format_bytes
@@ -30,7 +30,11 @@ class ClientReport:
         peak_bytes: Measured peak of the memory that training added; None where it was not measured.
         bytes_down, bytes_up: By part of the message (header, values).
         keeps_state: Whether the client left a state for its next turn.
-        time_s: Wall time on this rank.
+        time_s: Wall time on this rank, without what the client's own model was tried for.
+        change_squares: By unit, the sum of the squares of what the client changed, where that is measured; see
+            :func:`dfed.inertia.change_squares`.
+        own_correct: Right answers of the client's own model by class, where it was tried (:class:`dfed.client.Trial`); None
+            where it was not, or could not be.
     """
 
     client: int
@@ -46,6 +50,8 @@ class ClientReport:
     bytes_up: dict[str, int]
     keeps_state: bool = False
     time_s: float = 0.0
+    change_squares: dict[str, float] = field(default_factory=dict)
+    own_correct: list[int] | None = None
 
     def note(self, error: Exception, cap_bytes: int | None) -> None:
         """Put down an exception of the client's training, and let go of the tensors that its frames hold.

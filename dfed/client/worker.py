@@ -19,6 +19,7 @@ from torch import Tensor
 
 from dfed import rng
 from dfed.client.down import Down
+from dfed.client.evaluation import Trial
 from dfed.client.forms import Form, Forms, nothing
 from dfed.client.home import errors_of, next_state, own_state
 from dfed.client.report import ClientReport
@@ -29,6 +30,7 @@ from dfed.comm.partial_sums import PartialSums, check_values
 from dfed.comm.wire import Message
 from dfed.data import AUGMENTATIONS, Dataset, Partition, client_batches
 from dfed.errors import CheckpointError, RankLost, SumsLost, UpdateRejected
+from dfed.inertia import change_squares
 from dfed.plan import Phase, Plan
 from dfed.strategies import Strategy
 
@@ -38,6 +40,7 @@ logger = logging.getLogger(__name__)
 
 _LOOKED_AT = 4096
 _MOST_SKELETONS = 64
+_NONE: Mapping[str, str] = {}
 
 
 class Worker:
@@ -49,6 +52,8 @@ class Worker:
         forms: The wire form of each plan's messages.
         error_feedback: Whether clients make up for what codecs left out of earlier updates.
         abandoned: Asked after every step; true ends the work with :class:`RankLost`.
+        units: The unit of each parameter, by name, if reports are to say how far each unit moved; else empty.
+        trial: Tries clients' own models; None: they are not tried.
     """
 
     def __init__(
@@ -65,10 +70,12 @@ class Worker:
         seed: int,
         error_feedback: bool,
         abandoned: Callable[[], bool],
+        units: Mapping[str, str] = _NONE,
+        trial: Trial | None = None,
     ):
         self._strategy, self._dataset, self._partition, self._settings = strategy, dataset, partition, settings
         self._shapes, self._cap, self._forms, self._device = shapes, cap, forms, device
-        self._seed, self._abandoned = seed, abandoned
+        self._seed, self._abandoned, self._units, self._trial = seed, abandoned, units, trial
         self._augment = AUGMENTATIONS[settings.augment]
         self._skeletons: OrderedDict[str, Skeleton] = OrderedDict()
         self._thread = TrainingThread(device, self._warm_up)
@@ -123,12 +130,14 @@ class Worker:
         kept = {} if down.home is None else down.home.load(plan.client, task.get("state"))
         report = ClientReport(client=plan.client, bytes_down=form.down_bytes(down.round_index, plan.client), bytes_up={})
         start, update, cap_bytes = time.perf_counter(), None, budget_bytes if self._cap.enforces else None
+        tried_s = 0.0
         try:
             base = down.payload(plan, form)
             own = own_state(kept, form, self._shapes)
             train = partial(self._train, plan, form, base, task, down, report, own)
             tensors, remembered = self._thread.run_under(self._cap, train)
             cap_bytes = None  # what fails from here on is no fault of the device's
+            tried_s = self._try_own_model(plan, down.round_index, report)
             report.bytes_up = form.up_bytes(down.round_index, plan.client)
             errors = errors_of(kept, form) if self._feeds_back else {}
             if down.per_client:
@@ -141,6 +150,7 @@ class Worker:
             if down.home is not None:
                 left_out = form.left_out(tensors, arrives, errors) if self._feeds_back else {}
                 down.home.save(plan.client, down.round_index, next_state(kept, remembered, left_out, form, self._shapes))
+            report.change_squares = change_squares(arrives, base, self._units) if self._units else {}
             if not down.per_client:  # last: what is in the sums cannot fail any more
                 sums.add(arrives, form.regions, task["weight"] * down.scale, down.ranges)
             report.keeps_state = down.home is not None
@@ -155,14 +165,26 @@ class Worker:
             report.bytes_up = {}
         finally:
             self._unload(plan)
-        report.time_s = time.perf_counter() - start
+        report.time_s = time.perf_counter() - start - tried_s
         if report.status != "completed":
+            report.change_squares, report.own_correct = {}, None
             gc.collect()
             if report.reason in ("oom", "host_memory"):
                 self._thread.replace()
             update = None
             self._warn(down.round_index, report, (plan.cost_key(), budget_bytes))
         return report, update
+
+    def _try_own_model(self, plan: Plan, round_index: int, report: ClientReport) -> float:
+        """Try the model that was just trained, if that is due; the seconds that it took.
+
+        Not in the training thread, in which libraries would keep buffers that other clients' training does not find.
+        """
+        if self._trial is None or not self._trial.is_due(round_index):
+            return 0.0
+        start = time.perf_counter()
+        report.own_correct = self._trial.correct(self._skeletons[plan.shape_key()].model)
+        return time.perf_counter() - start
 
     def _unload(self, plan: Plan) -> None:
         """Empty the plan's skeleton, and forget it if its strategy changed it for good."""

@@ -99,6 +99,13 @@ class Results:
         return plans_of_entry([run.plans for run in self.of(label)])
 
     @property
+    def personalised(self) -> str | None:
+        """The figure of accuracy on the clients' own class mixes: on the test set if some finished run has it, else on
+        ``metrics.split``; None if none has one."""
+        names = ("test_personalised_accuracy", "personalised_accuracy")
+        return next((name for name in names if any(run.values.get(name) is not None for run in self.finished)), None)
+
+    @property
     def has_device_models(self) -> bool:
         """Whether some device of some finished run uses another model than the global one."""
         return any(name != "global" for run in self.finished for name in (run.summary.get("devices") or {}).get("using", ()))
@@ -179,6 +186,7 @@ def _values(summary: Mapping[str, Any], clients: Sequence[Mapping[str, Any]]) ->
     return {
         "accuracy": summary["accuracy"],
         **({} if test is None else {"test_accuracy": test["accuracy"]}),
+        **_personalised_accuracies(summary),
         **_device_accuracies(summary),
         **{f"accuracy_{tier['name']}": tier["accuracy"] for tier in summary["tiers"]},
         "participation_clients": len(samples) / _num_clients(summary),
@@ -192,6 +200,13 @@ def _values(summary: Mapping[str, Any], clients: Sequence[Mapping[str, Any]]) ->
         "energy_j": summary["energy_j"],
         "time_s": summary["time_s"],
     }
+
+
+def _personalised_accuracies(summary: Mapping[str, Any]) -> dict[str, float]:
+    """Mean over the clients of the accuracy on their own class mixes, where there is one."""
+    found = {"personalised_accuracy": summary.get("personalised_accuracy"),
+             "test_personalised_accuracy": (summary.get("test") or {}).get("personalised_accuracy")}
+    return {name: value for name, value in found.items() if value is not None}
 
 
 def _device_accuracies(summary: Mapping[str, Any]) -> dict[str, float | None]:

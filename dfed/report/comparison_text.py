@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
-import math
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from rich.console import Console as Terminal
 
 import dfed
+from dfed.config import Config
 from dfed.faults import shown
 from dfed.report import tables
-from dfed.report.comparison import Outcome, Results, Spread
+from dfed.report.comparison import Results, Spread
 from dfed.report.comparison_plans import MOST_PLANS
+from dfed.report.numbers import MIB, both, mib, number, percent, ratio
 
 __all__ = ["Origin", "as_markdown", "show"]
 
 _TERMINAL_WIDTH = 100
-_MIB = 2**20
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,17 +93,23 @@ def as_markdown(results: Results, origin: Origin) -> str:
 
 
 def _origin(results: Results, origin: Origin) -> str:
-    config, finished = results.comparison.runs[0].config, results.finished
+    configs, finished = [run.config for run in results.comparison.runs], results.finished
     said = [
         ("command", f"`{origin.command}`"), ("date", origin.date),
         ("dfed", f"{dfed.__version__}, commit " + _all(finished, lambda run: run.environment.get("git_commit") or "unknown")),
         ("software", _all(finished, lambda run: _software(run.environment))),
         ("hardware", _all(finished, lambda run: _hardware(run.environment))),
-        ("model", config.model.name), ("data", f"{config.data.dataset}, {config.partition.name} partition"),
-        ("runs", f"{config.rounds} rounds, cohort {config.cohort}, evaluated on the {config.metrics.split} set"),
-        ("memory.enforce", config.memory.enforce), ("seeds", ", ".join(map(str, results.comparison.seeds))),
+        ("model", _all(configs, lambda each: each.model.name)),
+        ("data", _all(configs, lambda each: f"{each.data.dataset}, {each.partition.name} partition")),
+        ("runs", _all(configs, _length)),
+        ("memory.enforce", _all(configs, lambda each: each.memory.enforce)),
+        ("seeds", ", ".join(map(str, results.comparison.seeds))),
     ]
     return _md_list([f"{name}: {text}" for name, text in said])
+
+
+def _length(config: Config) -> str:
+    return f"{config.rounds} rounds, cohort {config.cohort}, evaluated on the {config.metrics.split} set"
 
 
 def _quick(results: Results) -> str:
@@ -116,8 +123,8 @@ def _quick(results: Results) -> str:
     return "--quick, the short form" + (f", with {', '.join(changes)}" if changes else "")
 
 
-def _all(runs: Sequence[Outcome], ask: Callable[[Outcome], str]) -> str:
-    """What the runs say, each answer once."""
+def _all(runs: Sequence[T], ask: Callable[[T], str]) -> str:
+    """What the runs, or their configs, say, each answer once: a sweep may be over anything."""
     return "; ".join(dict.fromkeys(map(ask, runs))) or "not known, as no run is finished"
 
 
@@ -138,14 +145,17 @@ def _fleet(results: Results) -> str:
     run = next(iter(results.of(results.comparison.reference)), results.finished[0])
     needed = run.summary.get("full_needed_bytes")
     rows = [[tier["name"], f"{tier['clients']:,}", *_budgets(tier, needed)] for tier in run.tiers]
-    said = f"Training the full model needs {_mib(needed)} MiB by prediction."
+    said = f"Training the full model needs {mib(needed)} MiB by prediction."
+    fleets = [planned.config.fleet for planned in results.comparison.runs]
+    if any(fleet != fleets[0] for fleet in fleets):
+        said += f" The runs have different fleets; this is that of {run.label}."
     return f"{said}\n\n" + _md_table(["tier", "clients", "budget, MiB", "budget, % of the full model's need"], rows)
 
 
 def _budgets(tier: Mapping[str, Any], needed: float | None) -> tuple[str, str]:
     """The smallest and the largest budget of a tier, if they differ, in MiB and in per cent of what full training needs."""
     ends = list(dict.fromkeys((tier["budget_bytes"], tier.get("most_budget_bytes", tier["budget_bytes"]))))
-    words = [("no limit", "–") if end is None and len(ends) > 1 else (_mib(end), _percent(_over(end, needed), 1))
+    words = [("no limit", "–") if end is None and len(ends) > 1 else (mib(end), percent(ratio(end, needed), 1))
              for end in ends]
     return " to ".join(word for word, _ in words), " to ".join(word for _, word in words)
 
@@ -164,28 +174,35 @@ def _columns(results: Results) -> list[_Column]:
     counts = [f"{len(results.of(label))} of {len(results.comparison.seeds)}" for label in labels]
     return [
         _Column("strategy", labels), _Column("seeds", counts),
-        column("accuracy\n%", "accuracy", lambda spread: _both(spread, 100, 2)),
-        *([column("test\n%", "test_accuracy", lambda spread: _both(spread, 100, 2))] if _has_test(results) else []),
+        column("accuracy\n%", "accuracy", lambda spread: both(spread, 100, 2)),
+        *([column("test\n%", "test_accuracy", lambda spread: both(spread, 100, 2))] if _has_test(results) else []),
+        *_personalised_columns(results, column),
         *_device_columns(results, column),
-        column(f"against\n{results.comparison.reference}", "difference", lambda spread: _both(spread, 100, 2, "+")),
-        *(column(f"{name}\n%", f"accuracy_{name}", lambda spread: _both(spread, 100, 2)) for name in results.tier_names),
-        column("clients\n%", "participation_clients", lambda spread: _both(spread, 100, 1)),
-        column("data\n%", "participation_data", lambda spread: _both(spread, 100, 1)),
-        column("median peak\n% of need", "peak_share_median", lambda spread: _both(spread, 100, 1)),
-        column("largest\n% of need", "peak_share", lambda spread: _both(spread, 100, 1)),
-        column("up\nMiB", "bytes_up", lambda spread: _both(spread, 1 / _MIB)),
-        column("down\nMiB", "bytes_down", lambda spread: _both(spread, 1 / _MIB)),
-        column("to target\ns", "target_time_s", _both),
-        column("to target\nJ", "target_energy_j", _both),
-        column("out of\nmemory", "oom", lambda spread: _both(spread, 1, 1)),
+        column(f"against\n{results.comparison.reference}", "difference", lambda spread: both(spread, 100, 2, "+")),
+        *(column(f"{name}\n%", f"accuracy_{name}", lambda spread: both(spread, 100, 2)) for name in results.tier_names),
+        column("clients\n%", "participation_clients", lambda spread: both(spread, 100, 1)),
+        column("data\n%", "participation_data", lambda spread: both(spread, 100, 1)),
+        column("median peak\n% of need", "peak_share_median", lambda spread: both(spread, 100, 1)),
+        column("largest\n% of need", "peak_share", lambda spread: both(spread, 100, 1)),
+        column("up\nMiB", "bytes_up", lambda spread: both(spread, 1 / MIB)),
+        column("down\nMiB", "bytes_down", lambda spread: both(spread, 1 / MIB)),
+        column("to target\ns", "target_time_s", both),
+        column("to target\nJ", "target_energy_j", both),
+        column("out of\nmemory", "oom", lambda spread: both(spread, 1, 1)),
     ]
+
+
+def _personalised_columns(results: Results, column: Callable[[str, str, Callable[[Spread], str]], _Column]) -> list[_Column]:
+    """Mean accuracy on the clients' own class mixes, where that is known."""
+    heading = "personal, test\n%" if results.personalised == "test_personalised_accuracy" else "personal\n%"
+    return [column(heading, results.personalised, lambda spread: both(spread, 100, 2))] if results.personalised else []
 
 
 def _device_columns(results: Results, column: Callable[[str, str, Callable[[Spread], str]], _Column]) -> list[_Column]:
     """Mean accuracy of the devices' own models, where they have any."""
     name, heading = ("test_device_accuracy", "devices, test\n%") if _has_test(results) else ("device_accuracy", "devices\n%")
-    return [column(heading, name, lambda spread: _both(spread, 100, 2)),
-            column("have one\n%", "device_share", lambda spread: _both(spread, 100, 1))] if results.has_device_models else []
+    return [column(heading, name, lambda spread: both(spread, 100, 2)),
+            column("have one\n%", "device_share", lambda spread: both(spread, 100, 1))] if results.has_device_models else []
 
 
 def _has_test(results: Results) -> bool:
@@ -199,12 +216,12 @@ def _plan_columns(results: Results) -> list[_Column]:
         return []
     return [
         _Column("strategy", [label for label, _ in rows]), _Column("plan", [row.plan for _, row in rows]),
-        _Column("clients\n%", [_percent(row.clients, 1) for _, row in rows]),
+        _Column("clients\n%", [percent(row.clients, 1) for _, row in rows]),
         _Column("turns", [f"{row.turns:,.1f}" for _, row in rows]),
-        _Column("median peak\n% of need", [_percent(row.peak_share, 1) for _, row in rows]),
-        _Column("up\nMiB", [_number(row.bytes_up, 1 / _MIB) for _, row in rows]),
-        _Column("wall\ns", [_number(row.time_s) for _, row in rows]),
-        _Column("simulated\ns", [_number(row.sim_time_s) for _, row in rows]),
+        _Column("median peak\n% of need", [percent(row.peak_share, 1) for _, row in rows]),
+        _Column("up\nMiB", [number(row.bytes_up, 1 / MIB) for _, row in rows]),
+        _Column("wall\ns", [number(row.time_s) for _, row in rows]),
+        _Column("simulated\ns", [number(row.sim_time_s) for _, row in rows]),
     ]
 
 
@@ -223,25 +240,6 @@ def _partly(spread: Spread, finished: int) -> str:
     return f" ({spread.count} of {finished})" if 0 < spread.count < finished else ""
 
 
-def _both(spread: Spread, scale: float = 1.0, digits: int | None = None, sign: str = "") -> str:
-    """``mean ± deviation`` in a unit; three digits that count, if none are said."""
-    if spread.mean is None:
-        return "–"
-    mean = spread.mean * scale
-    digits = _digits(mean) if digits is None else digits
-    text = f"{mean:{sign},.{digits}f}"
-    return text if spread.std is None else f"{text} ± {spread.std * scale:,.{digits}f}"
-
-
-def _number(value: float | None, scale: float = 1.0) -> str:
-    return "–" if value is None else f"{value * scale:,.{_digits(value * scale)}f}"
-
-
-def _digits(value: float) -> int:
-    """Decimals with which three digits count."""
-    return max(0, 2 - math.floor(math.log10(abs(value)))) if value else 0
-
-
 def _notes(results: Results) -> list[str]:
     """What belongs to the tables."""
     comparison = results.comparison
@@ -253,6 +251,8 @@ def _notes(results: Results) -> list[str]:
     if _has_test(results):
         notes.append("test: accuracy on the test set, of the last model, evaluated once; all other accuracies are those of "
                      "metrics.split")
+    if results.personalised:
+        notes.append("personal: mean over the fleet's clients of the global model's accuracy on each client's own class mix")
     if results.has_device_models:
         notes.append("devices: mean, over those of the fleet that have one, of the accuracy of the model that each can use, "
                      "its own width, depth or size, or else the global one; have one: their share")
@@ -262,7 +262,7 @@ def _notes(results: Results) -> list[str]:
         budgets = {label: {tier["budget_bytes"] for run in results.of(label) for tier in run.tiers if tier["name"] == name}
                    for label in comparison.labels}
         if len(set().union(*budgets.values())) > 1:
-            said = ", ".join(f"{label} {' and '.join(map(_mib, sorted(found, key=str)))}" for label, found in budgets.items()
+            said = ", ".join(f"{label} {' and '.join(map(mib, sorted(found, key=str)))}" for label, found in budgets.items()
                              if found)
             notes.append(f"warning: the budgets of tier {name} differ, as `settings` change what a share is of (MiB): {said}")
     return notes
@@ -285,15 +285,3 @@ def _md_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def _md_list(items: Sequence[str]) -> str:
     return "\n".join("- " + " ".join(item.split()) for item in items)
-
-
-def _mib(value: float | None) -> str:
-    return "–" if value is None else f"{value / _MIB:,.1f}"
-
-
-def _over(part: float | None, whole: float | None) -> float | None:
-    return None if part is None or not whole else part / whole
-
-
-def _percent(value: float | None, digits: int) -> str:
-    return "–" if value is None else f"{100 * value:.{digits}f}"

@@ -17,9 +17,11 @@ from dfed.cohort import Job
 from dfed.comm import choose_device
 from dfed.config import Choice, Config
 from dfed.device_models import DeviceModels
+from dfed.personalised import PersonalisedAccuracy
 from dfed.planner.flops import forward_flops
 from dfed.planning import Planning
 from dfed.report.base_folder import CHECKPOINTS, Folder
+from dfed.report.inertia_map import draw_inertia, inertia_rows, inertia_summary
 from dfed.state import ServerState
 
 __all__ = ["CHECKPOINTS", "Folder", "RunFolder"]
@@ -40,7 +42,7 @@ class RunFolder(Folder):
 
     def write_summary(self, config: Config, job: Job, state: ServerState, evaluation: Evaluation | None,
                       variants: Mapping[str, Evaluation], test: tuple[Evaluation, Mapping[str, Evaluation]] | None,
-                      models: DeviceModels | None, stopped: bool) -> dict[str, Any]:
+                      models: DeviceModels | None, stopped: bool, personalised: PersonalisedAccuracy) -> dict[str, Any]:
         """Write and return the run's summary.
 
         Args:
@@ -49,6 +51,7 @@ class RunFolder(Folder):
             test: Of the global model on the test set, and of the variants that devices use; None: it was not asked for, or the
                 run was stopped.
             models: Who uses what; None: the run was stopped.
+            personalised: Of the run's clients.
         """
         totals = state.totals
         peak_bytes, needed_bytes = _full_training(config, job)
@@ -62,7 +65,9 @@ class RunFolder(Folder):
             "split": config.metrics.split,
             "accuracy": evaluation.accuracy if evaluation else None,
             "loss": evaluation.loss if evaluation else None,
-            "test": None if test is None else {**_figures(test[0]), "device_accuracy": _of_devices(models, *test)},
+            "personalised_accuracy": None if evaluation is None else personalised.of(evaluation),
+            "test": None if test is None else {**_figures(test[0]), "device_accuracy": _of_devices(models, *test),
+                                               "personalised_accuracy": personalised.of(test[0])},
             "variants": _variants(job, state, variants),
             "devices": None if models is None else models.to_json(),
             "device_accuracy": None if evaluation is None else _of_devices(models, evaluation, variants),
@@ -80,9 +85,20 @@ class RunFolder(Folder):
             "sim_time_s": totals["sim_time_s"],
             "energy_j": totals["energy_j"],
             "stale_statistics": totals["stale_statistics"],
+            "inertia": self._inertia(job, stopped),
         }
         self.write("summary.json", summary)
         return summary
+
+    def _inertia(self, job: Job, stopped: bool) -> dict[str, Any] | None:
+        """What the summary says of the inertia, which is drawn unless the run was stopped; None: it was not measured."""
+        if not job.units:
+            return None
+        rows, with_parameters, chain = inertia_rows(self.path), set(job.units.values()), job.strategy.problem.splitting.names
+        units = [unit for unit in job.strategy.splitting.names if unit in with_parameters]
+        if not stopped:
+            draw_inertia(rows, units, self.path / "inertia.png")
+        return inertia_summary(rows, units, [unit for unit in units if unit in chain])
 
 
 def _full_training(config: Config, job: Job) -> tuple[int | None, int | None]:

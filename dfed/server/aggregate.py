@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -31,6 +31,7 @@ def aggregate(
     scale: float,
     optimizer: ServerOptimizer,
     buffers: Collection[str],
+    watch: Callable[[str, Tensor, Tensor | float], None] | None = None,
 ) -> ServerState:
     """The state after the round: covered entries become the weighted mean over their holders, the others stay.
 
@@ -40,13 +41,17 @@ def aggregate(
         sums: Exact sums of weight · ``scale`` · value over all ranks; used up.
         contributions: Of the completed clients.
         buffers: Names of the tensors that are no parameters.
+        watch: Told of each tensor that somebody sent: its name, the mean (float32; what it was where nobody holds the entry),
+            and the weight behind it times ``scale``, one number or float64 for each entry. Must change neither.
     """
     params, slots = dict(state.params), dict(state.slots)
     for name in sums.shapes:
         held = _weights_by_region(name, contributions)
         if not held:
             continue
-        mean, covered = _mean(sums[name], held, scale, state.params[name])
+        mean, covered, weights = _mean(sums[name], held, scale, state.params[name])
+        if watch is not None:
+            watch(name, mean, weights)
         if name in buffers:
             params[name] = mean
         else:
@@ -66,10 +71,12 @@ def _weights_by_region(name: str, contributions: Sequence[Contribution]) -> dict
     return held
 
 
-def _mean(total: Tensor, held: Mapping[Region, int], scale: float, old: Tensor) -> tuple[Tensor, Tensor | None]:
-    """The mean (float32; ``old`` where nobody holds the entry) and which entries are covered (None: all)."""
+def _mean(total: Tensor, held: Mapping[Region, int], scale: float, old: Tensor
+          ) -> tuple[Tensor, Tensor | None, Tensor | float]:
+    """The mean (float32; ``old`` where nobody holds the entry), which entries are covered (None: all), and the weights."""
     if set(held) == {WHOLE}:
-        return total.div_(held[WHOLE] * scale).to(torch.float32), None
+        weight = held[WHOLE] * scale
+        return total.div_(weight).to(torch.float32), None, weight
     weights = torch.full_like(total, held.get(WHOLE, 0) * scale)
     for region, weight in held.items():
         if region != WHOLE:
@@ -77,5 +84,5 @@ def _mean(total: Tensor, held: Mapping[Region, int], scale: float, old: Tensor) 
     covered = None if WHOLE in held else weights > 0
     mean = total.div_(weights).to(torch.float32)
     if covered is None or bool(covered.all()):
-        return mean, None
-    return torch.where(covered, mean, old), covered
+        return mean, None, weights
+    return torch.where(covered, mean, old), covered, weights

@@ -17,6 +17,8 @@ ELASTIC = [SMOKE / "neulite.yaml", "rounds=4",
 # The second round makes the validation loss of the first stage worse.
 ROLLED_BACK = [SMOKE / "neulite.yaml", "rounds=2", "strategy={name: neulite, blocks: 2, order: elastic, rollback: 1}",
                "data.validation_fraction=0.2", "metrics.split=validation", "metrics.test_at_end=true"]
+# What is measured besides is the same on any number of ranks, too, and changes nothing.
+MEASURED = ["metrics.inertia=true", "metrics.inertia_reference=1", "metrics.effectiveness=true"]
 VARIANTS = {
     "per_client": [*PLAIN, "exchange=per_client"],
     "predicted": [*PLAIN, "memory.enforce=predicted"],
@@ -31,14 +33,14 @@ VARIANTS = {
                                "clip_norm: 1.0, schedule: {name: cosine}}", "model.dropout=[0.2,0.5]",
                                "server.optimizer=momentum", "data.validation_fraction=0.2",
                                "sampler={name: tifl, tiers: 2, interval: 2}", "metrics.split=validation",
-                               "metrics.every=2"],
+                               "metrics.every=2", *MEASURED],
     # What oneDNN maps for this model's kernels is more than a budget leaves beside the tensors, and every rank meets them anew.
     "kernels": [FEDAVG, "rounds=1", "cohort=2", "strategy=exclusivefl", "model={name: densenet40}",
                 "data={dataset: synthetic, shape: [3, 32, 32], samples: 24, test_samples: 2}",
                 "fleet={clients: 2, tiers: [{name: exact, count: 2, memory: 1.0}]}",
                 "client={batch_size: 4, learning_rate: 0.01, epochs: null, steps: 2}"],
     # Parts of tensors, and what clients remember, with each client's update by itself.
-    **{f"{name}_per_client": [SMOKE / f"{name}.yaml", "exchange=per_client"] for name in ("feddropout", "depthfl")},
+    **{f"{name}_per_client": [SMOKE / f"{name}.yaml", "exchange=per_client", *MEASURED] for name in ("feddropout", "depthfl")},
     # Masks that clients make of the gradients that they remember; and what goes down sparse.
     "lips": [*PLAIN, "wrap={lips: {period: 1, rounds: 9, norms: local}}"],
     "lips_shared": [SMOKE / "scaffold.yaml", "wrap={lips: {period: 1, masks: shared}}", "exchange=per_client"],

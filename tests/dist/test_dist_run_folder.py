@@ -15,7 +15,7 @@ from dfed.config import load_config
 from dfed.models import build_chain
 
 ROUND_FIELDS = {"kind", "round", "train_loss", "clients", "bytes", "sim_time_s", "energy_j", "time_s", "accuracy", "loss",
-                "evaluation_s"}
+                "personalised_accuracy", "evaluation_s"}
 CLIENT_FIELDS = {"kind", "round", "client", "tier", "rank", "status", "reason", "loss", "loss_rms", "num_steps", "num_visits",
                  "peak_bytes", "time_s", "num_samples", "plan", "budget_bytes", "predicted_bytes", "bytes_up", "bytes_down",
                  "bytes_header", "slowed", "sim_time_s", "energy_j"}

@@ -239,3 +239,29 @@ def test_models_of_the_devices_own(tmp_path):
     alone = load(tmp_path, compare={"strategies": ["fedavg"], "seeds": 1})
     assert "have one" not in text.as_markdown(gather(alone, tmp_path / "o"),
                                               text.Origin(config="c", command="d", date="2026-01-02", figure=False))
+
+
+@pytest.mark.parametrize("tested", [False, True])
+def test_accuracy_on_the_clients_own_mixes(tmp_path, tested):
+    """One column, of the test set where there is one; none where no run has a figure."""
+    comparison = load(tmp_path, compare={"strategies": ["fedavg", "fedprox"], "seeds": 2})
+    for number, run in enumerate(comparison.runs):
+        folder = tmp_path / "o" / "runs" / run.name
+        write_run(folder, run.config)
+        summary = json.loads((folder / "summary.json").read_text())
+        if run.label == "fedprox":
+            summary["personalised_accuracy"] = (0.25, 0.75)[number // 2]
+        test = {"accuracy": 0.5, "loss": 1.0, "personalised_accuracy": 0.875 if run.label == "fedprox" else None}
+        (folder / "summary.json").write_text(json.dumps({**summary, "test": test if tested else None}))
+    found = gather(comparison, tmp_path / "o")
+    page = text.as_markdown(found, ORIGIN)
+    rows = {line.split(" | ")[0]: line.split(" | ") for line in page.splitlines() if line.count(" | ") > 9}
+    place = rows["| strategy"].index("personal, test %" if tested else "personal %")
+    # 25 and 75 per cent: their deviation is 50 / √2.
+    assert (rows["| fedavg"][place], rows["| fedprox"][place]) == ("–", "87.50 ± 0.00" if tested else "50.00 ± 35.36")
+    assert "- personal: mean over the fleet's clients" in page
+    header = files.runs_csv(found).splitlines()[0].split(",")
+    assert "personalised_accuracy" in header
+    assert ("test_personalised_accuracy" in header) == tested
+    alone = load(tmp_path, compare={"strategies": ["fedavg"], "seeds": 2})
+    assert "personal" not in text.as_markdown(gather(alone, tmp_path / "o"), ORIGIN)

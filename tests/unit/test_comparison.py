@@ -286,3 +286,50 @@ def test_a_folder_with_other_settings_is_refused(tmp_path):
     (tmp_path / "thesis.tex").touch()
     with pytest.raises(ConfigError, match=r"or one of an earlier comparison, but .* holds 'c.yaml'"):
         check_folder(tmp_path, comparison)
+
+
+SWEPT = {"strategies": ["fedavg", {"name": "fedprox", "mu": 0.5, "settings": {"client.learning_rate": 0.25}}], "seeds": [3],
+         "reference": "fedprox", "quick": {"settings": {"client.learning_rate": 0.5, "rounds": 1},
+                                           "entries": {"fedprox": {"mu": 0.75}}}}
+
+
+def test_a_sweep_makes_an_entry_of_each_value(tmp_path):
+    comparison = load(tmp_path, "client.learning_rate=0.1,1e-3", "model.hidden=[8],[4, 4]", "rounds=2", compare=SWEPT)
+    rates, hidden = (0.1, 0.001), ([8], [4, 4])
+    names = {f"{name}-learning_rate{rate}-hidden{text}": (name, rate, sizes)
+             for name in ("fedavg", "fedprox") for rate in rates for sizes, text in zip(hidden, ("8", "4_4"), strict=True)}
+    assert comparison.labels == tuple(names)
+    assert comparison.reference == "fedprox-learning_rate0.1-hidden8"
+    for run in comparison.runs:
+        name, rate, sizes = names[run.label]
+        config = run.config
+        assert (config.strategy.name, config.client.learning_rate, config.model.options["hidden"]) == (name, rate, sizes)
+        assert (config.rounds, config.seed) == (2, 3)
+    mus = load(tmp_path, "strategy.mu=0.1,0.2", compare=SWEPT, strategies=["fedprox"])
+    found = {run.label: run.config.strategy.options["mu"] for run in mus.runs}
+    assert found == {"fedprox-mu0.1": 0.1, "fedprox-mu0.2": 0.2}
+    assert load(tmp_path, "model.hidden=[8, 4]", compare=SWEPT).labels == ("fedavg", "fedprox")
+    quick = load(tmp_path, "client.learning_rate=0.1,0.2", compare=SWEPT, quick=True)
+    assert [(run.config.client.learning_rate, run.config.rounds) for run in quick.runs] == [(0.1, 1), (0.2, 1)] * 2
+    assert [run.config.strategy.options.get("mu") for run in quick.runs] == [None, None, 0.75, 0.75]
+    wraps = load(tmp_path, "data.partition={name: dirichlet, alpha: 0.1},iid", compare=SWEPT, strategies=["fedavg"])
+    assert [run.config.partition.name for run in wraps.runs] == ["dirichlet", "iid"]
+
+
+@pytest.mark.parametrize(("override", "fault"), [
+    ("seed=1,2", "`seed` must be one value, as it has an option of its own, --seeds, but is '1,2'."),
+    ("compare.seeds=1,2", "`compare.seeds` must be one value, as it belongs to the comparison as a whole, but is '1,2'."),
+    ("client.learning_rate=0.1,0.1", "`client.learning_rate` must have different values, but is '0.1,0.1'."),
+    ("client.learning_rate=0.1,-1", "`client.learning_rate` must be greater than 0, but is -1."),
+    ("client.learning_rat=0.1,1", "`client.learning_rat` is not a setting"),
+    ("strategy.mu=0.1,1", "`compare.strategies[0].mu` is not a setting"),
+    ("client.batch_size=" + ",".join(map(str, range(1, 1002))), "at most 1000 combinations, but there are 1001."),
+])
+def test_what_is_wrong_with_a_sweep_is_said(tmp_path, override, fault):
+    found = faults_of(tmp_path, override, compare=SWEPT)
+    assert any(fault in each for each in found), found
+
+
+def test_one_setting_is_swept_once(tmp_path):
+    (found,) = faults_of(tmp_path, "rounds=1,2", "rounds=3,4", compare=SWEPT)
+    assert found == "`rounds` must be given once, but is there as 'rounds', too."

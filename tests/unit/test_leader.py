@@ -139,7 +139,7 @@ def test_the_last_model_is_tested_once_and_nothing_else_changes(make, strategy, 
     test = second["test"]
     assert f"test accuracy {test['accuracy']:.4f}, loss {test['loss']:.4f}, of the last model" in capsys.readouterr().out
     assert {**second, "test": None, "time_s": 0, "tiers": []} == {**first, "time_s": 0, "tiers": []}
-    assert test.keys() == {"accuracy", "loss", "device_accuracy"}
+    assert test.keys() == {"accuracy", "loss", "device_accuracy", "personalised_accuracy"}
     assert test["loss"] != second["loss"]
     # The model as it is saved, on the test set of an ordinary run: the same model gives the same figures.
     other, _ = make(f"strategy={strategy}", "rounds=2")

@@ -184,6 +184,8 @@ def test_tensorboard_gets_every_number_of_a_round(tmp_path):
 
 def test_settings():
     assert MetricsSettings().model_dump() == {"every": 1, "batch_size": 500, "split": "test", "test_at_end": False,
-                                              "tensorboard": True, "bytes_by_block": False}
+                                              "tensorboard": True, "bytes_by_block": False, "inertia": False,
+                                              "inertia_reference": 3, "effectiveness": False, "effectiveness_samples": 500}
+    assert [done for done in range(1, 8) if MetricsSettings(every=3).is_due(done, 7)] == [3, 6, 7]
     with pytest.raises(ValueError, match="split"):
         MetricsSettings(split="train")
