@@ -26,6 +26,7 @@ logger = logging.getLogger(__name__)
 
 EXIT_FAILED, EXIT_CONFIG = 1, 2
 _RANK_0_SPEAKS_S = 5.0
+_LAUNCHED = ("run", "train", "compare")  # what may be called by a launcher
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -35,7 +36,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     unknown = [word for word in rest if word.startswith("-") or options.command in ("list", "export")]
     if unknown:
         parser.error(f"unknown argument: {unknown[0]}")
-    rank = int(os.environ.get("RANK", "0"))
+    try:
+        rank = _rank(options.command)
+    except ConfigError as error:
+        print(f"dfed: {error}", file=sys.stderr)
+        return EXIT_CONFIG
     logging.basicConfig(level=logging.INFO, format=f"%(asctime)s r{rank} %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
     if not _has_output(rank):
         return EXIT_FAILED
@@ -73,6 +78,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OSError as error:
         print(f"dfed: rank {rank}: a file cannot be read or written: {error}", file=sys.stderr)
         return EXIT_FAILED
+    finally:
+        if options.command in _LAUNCHED:
+            from dfed.comm import agree
+
+            agree(ready=False)  # if they have not met by now, this rank will not
+
+
+def _rank(command: str) -> int:
+    """This process's number in its job, whatever launcher started it; only commands that may be launched ask MPI."""
+    if command in _LAUNCHED:
+        from dfed.comm import adopt
+
+        adopt()
+    return int(os.environ.get("RANK", "0"))
 
 
 def _has_output(rank: int) -> bool:
@@ -148,7 +167,10 @@ def _add_compare(commands: Any) -> None:
     compare.add_argument("--ranks", metavar="N", default="1", help="processes of each run (default: 1)")
     compare.add_argument("--out", metavar="DIR", help="where everything goes (default: runs/NAME-compare; with --quick "
                                                       "runs/NAME-compare-quick)")
-    compare.add_argument("--report", action="store_true", help="run nothing: only make the tables of what is there")
+    other = compare.add_mutually_exclusive_group()
+    other.add_argument("--report", action="store_true", help="run nothing: only make the tables of what is there")
+    other.add_argument("--list", action="store_true", help="run nothing: only say which runs there are, one a line")
+    other.add_argument("--only", metavar="N", help="only run number N of that list, and no tables; several may share a folder")
 
 
 def _add_export(commands: Any) -> None:
@@ -219,7 +241,7 @@ def _places(words: list[str], options: argparse.Namespace) -> tuple[Path, list[s
 
 def _run(words: list[str], options: argparse.Namespace) -> int:
     from dfed.checkpoint import latest
-    from dfed.comm import choose_device
+    from dfed.comm import choose_device, is_orphaned
     from dfed.config import load_config
     from dfed.differences import check_same_bits
     from dfed.leader import execute
@@ -246,4 +268,7 @@ def _run(words: list[str], options: argparse.Namespace) -> int:
         folder = RunFolder(out)
         if not resume:
             folder.check_new()
-    return execute(config, folder=folder, state=state)
+    status = execute(config, folder=folder, state=state)
+    if is_orphaned():
+        logger.warning("the launcher of this rank has died: that was taken for a request to stop")
+    return status

@@ -20,6 +20,7 @@ from typing import Any, TextIO
 
 from rich.console import Console as Terminal
 
+from dfed.comm import without_launcher
 from dfed.compare_settings import LARGEST_SEED, MOST_SEEDS
 from dfed.comparison import Comparison, PlannedRun, check_folder, load_comparison, progress_of
 from dfed.errors import ConfigError, Fault
@@ -37,9 +38,6 @@ logger = logging.getLogger(__name__)
 EXIT_FAILED = 1
 _TABLE_WIDTH = 400  # a table made narrow would lose digits
 _TAIL_LINES = 20
-_OF_THE_LAUNCHER = re.compile(
-    "RANK|LOCAL_RANK|GROUP_RANK|ROLE_RANK|ROLE_NAME|WORLD_SIZE|LOCAL_WORLD_SIZE|GROUP_WORLD_SIZE|ROLE_WORLD_SIZE|MASTER_ADDR"
-    "|MASTER_PORT|TORCHELASTIC_.*|PET_.*")
 
 
 def compare(words: Sequence[str], options: argparse.Namespace) -> int:
@@ -56,20 +54,25 @@ def compare(words: Sequence[str], options: argparse.Namespace) -> int:
     file, folder, names, seeds, ranks = _checked(words, options)
     overrides = [word for word in words if "=" in word]
     comparison = load_comparison(file, overrides, strategies=names, seeds=seeds, quick=options.quick)
+    only, output = _only(options.only, comparison), _Output()
+    if options.list:
+        output.say("\n".join(f"{number} {run.name}" for number, run in enumerate(comparison.runs, start=1)))
+        return 0
     check_folder(folder, comparison)
     command = _command(words, options)
-    output = _Output()
     failed = False
     if options.report:
         if not folder.is_dir():
             raise ConfigError([Fault("--out", f"must be the folder of a comparison, but {folder} does not exist.")])
     else:
-        with _locked(folder) as lock, _Stop() as stop:
-            _write_configs(folder, comparison)
-            failed = _run_all(comparison, folder, ranks, lock, stop, output)
+        with _locked(folder, only) as locks, _Stop() as stop:
+            _write_configs(folder, comparison.runs if only is None else [only])
+            failed = _run_all(comparison, only, folder, ranks, locks, stop, output)
             if stop.number is not None:
                 output.say(f"stopped on request; go on with: {command}")
                 return 128 + stop.number
+        if only is not None:
+            return EXIT_FAILED if failed or read_run(folder / "runs" / only.name, only).state == "failed" else 0
     results = gather(comparison, folder)
     report = write_report(results, folder, config=shlex.join([file, *overrides]), command=command)
     output.attempt(lambda: show(results, Terminal(width=_TABLE_WIDTH, highlight=False)))
@@ -108,6 +111,17 @@ def _checked(words: Sequence[str], options: argparse.Namespace) -> tuple[
     return files[0], folder, names, seeds, int(options.ranks)
 
 
+def _only(text: str | None, comparison: Comparison) -> PlannedRun | None:
+    """The run of that number, as ``--list`` counts them."""
+    if text is None:
+        return None
+    total = len(comparison.runs)
+    if not re.fullmatch(r"[1-9]\d{0,8}", text) or int(text) > total:
+        message = f"must be the number of a run, at least 1 and at most {total} (see --list), but is {shown(text)}."
+        raise ConfigError([Fault("--only", message)])
+    return comparison.runs[int(text) - 1]
+
+
 def _seeds(text: str) -> int | tuple[int, ...] | None:
     """A number of seeds, or the seeds; None if it is neither."""
     if not re.fullmatch(r"[0-9]{1,19}(,[0-9]{1,19})*", text):
@@ -122,7 +136,7 @@ def _seeds(text: str) -> int | tuple[int, ...] | None:
 def _command(words: Sequence[str], options: argparse.Namespace) -> str:
     """The command line that goes on with this comparison."""
     given = [("--strategies", options.strategies), ("--seeds", options.seeds),
-             ("--ranks", None if options.ranks == "1" else options.ranks), ("--out", options.out)]
+             ("--ranks", None if options.ranks == "1" else options.ranks), ("--out", options.out), ("--only", options.only)]
     quick = ["--quick"] if options.quick else []
     return shlex.join(["python", "-m", "dfed", "compare", *words, *quick,
                        *(word for name, value in given if value is not None for word in (name, value))])
@@ -183,31 +197,35 @@ class _Stop:
 
 
 @contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[TextIO]:
-    """The folder, made if need be, for this command alone: and for its runs, which hold the lock should it be killed."""
-    try:
-        for part in ("runs", "configs"):
-            (folder / part).mkdir(parents=True, exist_ok=True)
-        lock = (folder / ".lock").open("w", encoding="utf-8")
-    except OSError as error:
-        message = f"must be a folder that can be written, but {folder} is not: {error.strerror}."
-        raise ConfigError([Fault("--out", message)]) from error
-    with lock:
+def _locked(folder: Path, only: PlannedRun | None) -> Iterator[list[TextIO]]:
+    """The folder, made if need be, for this command alone, or shared, and in it that run alone. Its runs hold the locks, too,
+    should it be killed."""
+    kinds = [(".lock", fcntl.LOCK_EX)] if only is None else [(".lock", fcntl.LOCK_SH), (f".lock.{only.name}", fcntl.LOCK_EX)]
+    with contextlib.ExitStack() as stack:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            for part in ("runs", "configs"):
+                (folder / part).mkdir(parents=True, exist_ok=True)
+            locks = [stack.enter_context((folder / name).open("w", encoding="utf-8")) for name, _ in kinds]
+        except OSError as error:
+            message = f"must be a folder that can be written, but {folder} is not: {error.strerror}."
+            raise ConfigError([Fault("--out", message)]) from error
+        try:
+            for lock, (_, kind) in zip(locks, kinds, strict=True):
+                fcntl.flock(lock, kind | fcntl.LOCK_NB)
         except OSError as error:
             message = f"must be a folder that no other `dfed compare`, or run of one, is using, but {folder} is in use."
             raise ConfigError([Fault("--out", message)]) from error
-        yield lock
+        yield locks
 
 
-def _write_configs(folder: Path, comparison: Comparison) -> None:
-    for run in comparison.runs:
+def _write_configs(folder: Path, runs: Sequence[PlannedRun]) -> None:
+    for run in runs:
         (folder / "configs" / f"{run.name}.yaml").write_text(dump_yaml(run.config.to_dict()), encoding="utf-8")
 
 
-def _run_all(comparison: Comparison, folder: Path, ranks: int, lock: TextIO, stop: _Stop, output: _Output) -> bool:
-    """Carry out what is not finished, one run after another; returns whether one failed."""
+def _run_all(comparison: Comparison, only: PlannedRun | None, folder: Path, ranks: int, locks: Sequence[TextIO], stop: _Stop,
+             output: _Output) -> bool:
+    """Carry out what is not finished, or ``only`` that one, one run after another; returns whether one failed."""
     any_failed, total = False, len(comparison.runs)
     form = " --quick" if comparison.quick is not None else ""
     seeds = ", ".join(map(str, comparison.seeds))
@@ -216,6 +234,8 @@ def _run_all(comparison: Comparison, folder: Path, ranks: int, lock: TextIO, sto
     for number, run in enumerate(comparison.runs, start=1):
         if stop.number is not None:
             break
+        if only not in (None, run):
+            continue
         where, begun = f"[{number}/{total}] {run.label}, seed {run.seed}:", time.perf_counter()
         path = folder / "runs" / run.name
         before = progress_of(path)
@@ -223,7 +243,7 @@ def _run_all(comparison: Comparison, folder: Path, ranks: int, lock: TextIO, sto
             output.say(f"{where} {_ending(path, run, 'finished before, ')}")
             continue
         output.say(f"{where} " + ("started" if before == "new" else "going on"))
-        reason = _run(run, folder, ranks, before == "unfinished", lock, stop)
+        reason = _run(run, folder, ranks, before == "unfinished", locks, stop)
         seconds = f"{time.perf_counter() - begun:.1f} s"
         if progress_of(path) == "finished":
             output.say(f"{where} {_ending(path, run)}, {seconds}")
@@ -233,20 +253,19 @@ def _run_all(comparison: Comparison, folder: Path, ranks: int, lock: TextIO, sto
     return any_failed
 
 
-def _run(run: PlannedRun, folder: Path, ranks: int, resume: bool, lock: TextIO, stop: _Stop) -> str:
+def _run(run: PlannedRun, folder: Path, ranks: int, resume: bool, locks: Sequence[TextIO], stop: _Stop) -> str:
     """Start or resume a run and wait for it. Returns why it failed; if it was not stopped, its last lines are shown then."""
     path, note = folder / "runs" / run.name, folder / "runs" / f"{run.name}.failed"
     log = folder / "runs" / f"{run.name}.log"
     launcher = [] if ranks == 1 else ["torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", "-m"]
     command = [sys.executable, "-m", *launcher, "dfed", "run", str(folder / "configs" / f"{run.name}.yaml"),
                "--resume" if resume else "--out", str(path)]
-    environment = {name: value for name, value in os.environ.items() if not _OF_THE_LAUNCHER.fullmatch(name)}
     note.unlink(missing_ok=True)
     with log.open("ab") as file, log.with_name(f"{run.name}.out").open("ab") as out:
         start = file.tell()
         # A session of its own: Ctrl-C on a terminal goes to this process only, which asks the run to stop in order.
-        child = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=out, stderr=file, env=environment,
-                                 start_new_session=True, pass_fds=(lock.fileno(),))
+        child = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=out, stderr=file, env=without_launcher(os.environ),
+                                 start_new_session=True, pass_fds=[lock.fileno() for lock in locks])
         status = stop.wait_for(child)
     if status == 0 or stop.number is not None:
         return ""

@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # Sourced by the other scripts: finds or makes a virtual environment, and installs dfed into it once.
 #
 #   use_environment EXTRAS     e.g. use_environment "" or use_environment "test"

@@ -12,9 +12,10 @@ import torch
 import torch.distributed as dist
 from pydantic import Field
 
+from dfed.comm import launcher
 from dfed.comm.liveness import Liveness
 from dfed.comm.transport import Local, ProcessGroup, Transport
-from dfed.errors import ConfigError, Fault
+from dfed.errors import ConfigError, Fault, RankLost
 from dfed.settings import Settings
 
 __all__ = ["BackendSettings", "Link", "choose_device", "join", "launched_size", "local_rank"]
@@ -65,17 +66,27 @@ def join(settings: BackendSettings, device: torch.device) -> Link:
     """Join the process group (collective), or stand alone where no launcher started several processes.
 
     Raises:
-        ConfigError: If the backend asked for is not to be had here.
+        ConfigError: If the backend asked for is not to be had here, or the launcher has not said where ranks meet.
+        RankLost: If not all ranks come within ``backend.timeout_s``.
     """
     size = launched_size()
     if size == 1:
+        if os.environ.get("RANK", "0") != "0":
+            raise ConfigError([Fault("WORLD_SIZE", f"must be set beside RANK ({os.environ['RANK']}), but is not.")])
         return Link(Local(), device, "local", "one process needs no process group")
-    timeout = datetime.timedelta(seconds=settings.timeout_s)
-    store, rank, size = next(dist.rendezvous("env://", timeout=timeout))
-    store.set_timeout(timeout)
+    launcher.follow_launcher()
+    absent = launcher.agree(ready=True)
+    if absent:
+        message = f"rank {os.environ['RANK']} leaves, as there was an error before the ranks have met, on rank "
+        raise RankLost(message + ", ".join(map(str, absent)), absent)
+    store, rank = _meet(settings.timeout_s)
     # A launcher that starts a job again keeps its store: what the ranks of the last attempt wrote there must not be read.
     store = dist.PrefixStore(f"dfed/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
-    liveness = Liveness(store, rank, size)
+    try:
+        liveness = Liveness(store, rank, size)
+    except (RuntimeError, ValueError) as error:
+        raise _missing(store, rank, size, settings.timeout_s) from error
+    timeout = datetime.timedelta(seconds=settings.timeout_s)
     backend, reason = _choose_backend(settings, _places(store, rank, size, device))
     own_store = dist.PrefixStore("process_group", store)
     options: dict[str, Any] = {"device_id": device} if backend == "nccl" else {}
@@ -99,6 +110,36 @@ def choose_device(settings: BackendSettings) -> torch.device:
     device = torch.device("cuda", local_rank() % torch.cuda.device_count())
     torch.cuda.set_device(device)
     return device
+
+
+def _meet(timeout_s: float) -> tuple[dist.Store, int]:
+    """The store where all ranks sign in, and the number of this one."""
+    faults = [Fault(name, "must be set where several processes are started (WORLD_SIZE), but is not.")
+              for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    if faults:
+        raise ConfigError(faults)
+    timeout = datetime.timedelta(seconds=timeout_s)
+    where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']} (MASTER_ADDR, MASTER_PORT)"
+    try:
+        store, rank, _ = next(dist.rendezvous("env://", timeout=timeout))
+    except dist.DistError as error:
+        if "EADDRINUSE" in str(error):
+            message = f"must be a port that is free on {os.environ['MASTER_ADDR']}, but {os.environ['MASTER_PORT']} is in use."
+            raise ConfigError([Fault("MASTER_PORT", message)]) from error
+        rank = os.environ["RANK"]
+        raise RankLost(f"rank {rank} could not reach rank 0 at {where} within {timeout_s:g} s: {error}", (0,)) from error
+    store.set_timeout(timeout)
+    return store, rank
+
+
+def _missing(store: dist.Store, rank: int, size: int, timeout_s: float) -> RankLost:
+    """Who has not signed in, as far as the store can still say."""
+    try:
+        absent = tuple(other for other in range(size) if not store.check([f"pid/{other}"]))
+    except (RuntimeError, ValueError):
+        return RankLost(f"rank {rank} lost rank 0 while it waited for all {size} ranks to sign in", (0,))
+    message = f"rank {rank} waited {timeout_s:g} s (`backend.timeout_s`) for all {size} ranks to sign in; missing: "
+    return RankLost(message + (", ".join(map(str, absent)) or "none any more"), absent)
 
 
 def _places(store: dist.Store, rank: int, size: int, device: torch.device) -> list[str]:

@@ -34,34 +34,30 @@ class Job:
         environment: Further variables.
         launcher: Further arguments of torchrun.
         script: Runs instead of ``-m dfed``.
+        command: Runs with ``arguments``, and starts the ranks itself; instead of all of these.
     """
 
     def __init__(
         self,
         arguments: Sequence[str | Path],
         *,
-        ranks: int,
+        ranks: int = 1,
         log: Path,
         environment: Mapping[str, str] | None = None,
         launcher: Sequence[str] = (),
         script: Path | None = None,
+        command: Sequence[str | Path] = (),
     ):
         self.log, self._marker = log, f"{_MARKER}={uuid.uuid4().hex}"
         name, _, value = self._marker.partition("=")
         variables = {key: value for key, value in os.environ.items() if key not in _LAUNCHER}
         variables |= {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", **(environment or {}), name: value}
-        command = [sys.executable]
-        if ranks > 1:
-            command += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", *launcher]
-        elif script is None:
-            command += ["-m", "dfed"]
-        if script is not None:
-            command += [str(script)]
-        elif ranks > 1:
-            command += ["-m", "dfed"]
+        if not command:
+            torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", *launcher]
+            command = [sys.executable, *(torchrun if ranks > 1 else []), *(["-m", "dfed"] if script is None else [script])]
         with log.open("ab") as file:
             self.process = subprocess.Popen(
-                [*command, *map(str, arguments)], stdout=file, stderr=subprocess.STDOUT, env=variables, cwd=ROOT
+                [*map(str, command), *map(str, arguments)], stdout=file, stderr=subprocess.STDOUT, env=variables, cwd=ROOT
             )
 
     def __enter__(self) -> Job:

@@ -2,7 +2,9 @@
 
 import os
 import re
+import resource
 import signal
+from pathlib import Path
 
 import pytest
 from jobs import Job, poll, rounds_of, rows, run_cli, run_several, summary
@@ -146,7 +148,7 @@ def assert_resumes(folder, undisturbed, tmp_path):
 
 def test_killed_in_the_middle_and_resumed_on_other_ranks(long_config, undisturbed, tmp_path):
     folder = tmp_path / "run"
-    with Job(["run", long_config, "--out", folder], ranks=3, log=tmp_path / "log") as job:
+    with Job(["run", long_config, "--out", folder], ranks=5, log=tmp_path / "log") as job:
         wait_for_round(job, folder)
         job.kill()
     assert last_round(folder) < 40
@@ -154,7 +156,7 @@ def test_killed_in_the_middle_and_resumed_on_other_ranks(long_config, undisturbe
     # A kill may come while a line is being written.
     with (folder / "metrics.jsonl").open("a") as file:
         file.write('{"kind": "round", "rou')
-    with Job(["run", "--resume", folder], ranks=2, log=tmp_path / "resumed.log") as job:
+    with Job(["run", "--resume", folder], ranks=3, log=tmp_path / "resumed.log") as job:
         assert job.wait() == 0, job.output
         job.assert_gone()
     assert_completed_like(folder, undisturbed)
@@ -162,14 +164,52 @@ def test_killed_in_the_middle_and_resumed_on_other_ranks(long_config, undisturbe
 
 @pytest.mark.parametrize("victim", [2, 0])
 def test_a_killed_rank_ends_the_job(long_config, undisturbed, tmp_path, victim):
-    folder = tmp_path / "run"
-    with Job(["run", long_config, "--out", folder], ranks=3, log=tmp_path / "log") as job:
+    folder, temporary = tmp_path / "run", tmp_path / "temporary"
+    temporary.mkdir()
+    variables = {"TMPDIR": str(temporary)}
+    with Job(["run", long_config, "--out", folder], ranks=3, log=tmp_path / "log", environment=variables) as job:
         wait_for_round(job, folder)
-        os.kill(job.ranks()[victim], signal.SIGKILL)
+        ranks = job.ranks()
+        assert not [pid for pid in ranks.values() if "/dev/shm/" in Path(f"/proc/{pid}/maps").read_text()]
+        os.kill(ranks[victim], signal.SIGKILL)
         assert job.wait(ENDS_S) != 0
         job.assert_gone()
         assert re.search(rf"rank {victim} died", job.output), job.output
         assert "RankLost" in job.output
+    # Ports go with their processes; no memory is shared; and of files torchrun's logs and torch's caches are left, not ours.
+    assert not [path.name for path in temporary.iterdir() if not path.name.startswith(("torchelastic_", "torchinductor_"))]
+    assert_resumes(folder, undisturbed, tmp_path)
+    assert not list((folder / "checkpoint").glob(".*"))
+
+
+@pytest.mark.slow
+def test_a_rank_that_hangs_ends_the_job(long_config, undisturbed, tmp_path):
+    """It is found by the time limit of collectives (8 s) and the roll call (5 s)."""
+    folder = tmp_path / "run"
+    with Job(["run", long_config, "backend.timeout_s=8", "--out", folder], ranks=3, log=tmp_path / "log") as job:
+        wait_for_round(job, folder)
+        hung = job.ranks()[2]
+        os.kill(hung, signal.SIGSTOP)
+        poll(lambda: job.ranks().keys() == {2}, "the others wait for a rank that hangs", 8 + 5 + ENDS_S)
+        assert re.search(r"RankLost: rank 0 could not complete .* in round \d+: rank 2 did not answer", job.output), job.output
+        os.kill(hung, signal.SIGCONT)  # torchrun kills it after 30 s more; that wait is spared
+        assert job.wait(ENDS_S) != 0
+        job.assert_gone()
+    assert_resumes(folder, undisturbed, tmp_path)
+
+
+def test_a_disk_that_is_full_when_a_checkpoint_is_written_ends_the_job(long_config, undisturbed, tmp_path):
+    """The server may write no file as long as a checkpoint, from one on."""
+    folder = tmp_path / "run"
+    with Job(["run", long_config, "--out", folder], ranks=2, log=tmp_path / "log") as job:
+        wait_for_round(job, folder)
+        num_bytes = min(path.stat().st_size for path in folder.glob("checkpoint/round_*/state.safetensors")) - 1
+        resource.prlimit(job.ranks()[0], resource.RLIMIT_FSIZE, (num_bytes, num_bytes))
+        assert job.wait(ENDS_S) != 0
+        job.assert_gone()
+        assert re.search("dfed: rank 0: CheckpointError: cannot write a checkpoint to .*File too large", job.output), job.output
+    assert last_round(folder) < 39
+    assert not list((folder / "checkpoint").glob(".*"))  # of the one that could not be written nothing is left
     assert_resumes(folder, undisturbed, tmp_path)
 
 

@@ -237,3 +237,34 @@ def test_a_folder_that_cannot_be_written(tmp_path, capsys):
     (tmp_path / "o").mkdir()
     (tmp_path / "o" / "runs").touch()
     assert "`--out` must be a folder that can be written, but o is not" in refused(capsys, file, "--out", "o")
+
+
+def test_one_run_of_the_list(played, tmp_path, capsys):
+    """As the jobs of an array do, several at a time in one folder."""
+    file = played("")
+    assert main(["compare", file, "--list"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    names = [run.name for run in load(tmp_path).runs]
+    assert lines == [f"{number} {name}" for number, name in enumerate(names, start=1)]
+    assert not (tmp_path / "runs").exists()
+    assert main(["compare", file, "--out", "o", "--only", "2"]) == 0
+    said = capsys.readouterr().out
+    assert f"[2/{len(names)}] " in said
+    assert "tables and figures" not in said
+    assert (tmp_path / "calls").read_text().count("\n") == 1
+    assert sorted(path.name for path in (tmp_path / "o" / "configs").iterdir()) == [f"{names[1]}.yaml"]
+
+    with (tmp_path / "o" / ".lock").open() as folder, (tmp_path / "o" / f".lock.{names[1]}").open() as run:
+        fcntl.flock(folder, fcntl.LOCK_SH | fcntl.LOCK_NB)  # as another job of the array holds it, for another run
+        assert main(["compare", file, "--out", "o", "--only", "1"]) == 0
+        capsys.readouterr()
+        assert "is using, but o is in use" in refused(capsys, file, "--out", "o")
+        fcntl.flock(run, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        assert "is using, but o is in use" in refused(capsys, file, "--out", "o", "--only", "2")
+    assert main(["compare", file, "--out", "o"]) == 0
+    assert capsys.readouterr().out.count("finished before") == 2
+    for number in ("0", "x", str(len(names) + 1)):
+        message = f"`--only` must be the number of a run, at least 1 and at most {len(names)} (see --list), but is '{number}'."
+        assert message in refused(capsys, file, "--only", number)
+    with pytest.raises(SystemExit):
+        main(["compare", file, "--list", "--report"])

@@ -1,0 +1,48 @@
+# shellcheck shell=bash
+# Sourced by the batch scripts of this folder, after `root` is set to the checkout.
+#
+#   DFED_VENV   the environment that dfed is installed in (default: the active one, else .venv in the checkout)
+#   STOP_S      seconds that a run may take to finish its round and write a checkpoint when time is up (default: 240; less than
+#               the time that --signal leaves)
+
+set -euo pipefail
+root=${root:?is set by the script that sources this}
+# A job must not install anything: its node may have no network, and others may be installing the same.
+venv=${DFED_VENV:-${VIRTUAL_ENV:-$root/.venv}}
+if [ ! -x "$venv/bin/torchrun" ]; then
+    echo "there is no environment with dfed in $venv: make one before (launch/quickstart.sh does), or set DFED_VENV" >&2
+    exit 1
+fi
+export PATH="$venv/bin:$PATH" OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${STOP_S:-240}
+cd "$root"
+
+# run_or_requeue COMMAND…   Runs it. On SIGUSR1, which SLURM sends before the time limit (--signal), it is asked to stop in order,
+# and then the job goes back into the queue; else its exit status is that of the job.
+run_or_requeue() {
+    local pid status=0
+    stopping=no
+    "$@" &
+    pid=$!
+    # Not to srun, which would kill its tasks instead of passing the signal on.
+    trap 'stopping=yes; scancel --signal=TERM "$SLURM_JOB_ID" || true' USR1
+    while kill -0 "$pid" 2>/dev/null; do
+        wait "$pid" || true # a signal ends the wait, not the command
+    done
+    wait "$pid" || status=$?
+    if [ "$stopping" = yes ] && [ "$status" != 0 ]; then
+        echo "stopped before the time limit; back into the queue"
+        scontrol requeue "$SLURM_JOB_ID"
+    fi
+    return "$status"
+}
+
+# place OUT   Sets `where`: the arguments that start a run in OUT, or go on with it where the job has been started before.
+# shellcheck disable=SC2034 # the scripts read it
+place() {
+    if [ -e "$1/config.yaml" ]; then
+        where=(--resume "$1")
+    else
+        where=(--out "$1")
+    fi
+}
