@@ -113,8 +113,9 @@ class Config:
             device: Kind of device that clients train on, ``cpu`` or ``cuda``; part of the hash.
 
         Not part of it: where data lie, how ranks talk, what is measured and saved, how many failures end the run, and the
-        number of rounds, which may be extended unless the learning rate, the sampler (``tifl``) or a wrapper follows it. With
-        ``metrics.split: validation`` it counts how often and in what mini-batches is evaluated, as something may go by that.
+        number of rounds, which may be extended unless the learning rate, the sampler (``tifl``), the strategy or a wrapper
+        follows it. With ``metrics.split: validation`` it counts how often and in what mini-batches is evaluated, as something
+        may go by that.
         Where a strategy's norm statistics are worked out anew, the mini-batches in which that is done are part of it.
         """
         value = self.to_dict()
@@ -128,6 +129,7 @@ class Config:
         if self.metrics.split == "validation":  # samplers and strategies may go by what evaluations say
             value["evaluated"] = [self.metrics.every, self.metrics.batch_size]
         by_rounds = self.sampler.name == "tifl" or any("rounds" in w.options and w.options["rounds"] is None for w in self.wrap)
+        by_rounds = by_rounds or self.strategy.options.get("block_rounds", 1) is None
         if self.client.schedule.name != "cosine" and not by_rounds:
             del value["rounds"]
         if not self.wrap:

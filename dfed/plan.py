@@ -29,6 +29,7 @@ class Phase:
         objective: The name under which a strategy's ``loss`` knows this phase.
         train: Blocks trained in this phase, of those that the plan trains; None: all of them. The others are frozen meanwhile:
             without gradient, and their norms use the running statistics and leave them as they are.
+        rate: Factor on the learning rate, as for a mini-batch of another size than configured.
     """
 
     batch_size: int
@@ -37,6 +38,7 @@ class Phase:
     drop_last: bool = False
     objective: str = "cross_entropy"
     train: tuple[str, ...] | None = None
+    rate: float = 1.0
 
     def __post_init__(self) -> None:
         assert (self.epochs is None) != (self.steps is None), "a phase has either epochs or steps"

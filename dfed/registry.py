@@ -181,6 +181,7 @@ STRATEGIES = Registry("strategy", {
     "heterofl": "dfed.strategies.heterofl:HeteroFL",
     "inclusivefl": "dfed.strategies.inclusivefl:InclusiveFL",
     "neulite": "dfed.strategies.neulite:NeuLite",
+    "neuroflux": "dfed.strategies.neuroflux:NeuroFlux",
     "profl": "dfed.strategies.profl:ProFL",
     "progfed": "dfed.strategies.progfed:ProgFed",
     "scaffold": "dfed.strategies.scaffold:Scaffold",

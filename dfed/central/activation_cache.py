@@ -1,28 +1,22 @@
 """Outputs of frozen units on all training samples, in a file: what the units behind them train on.
 
-A cache is two files: the samples, row by row, and a marker, which is written last and holds a hash of what the samples depend
-on. Without a marker of the right hash there is no cache. Rows are read, not mapped: pages of a mapped file would count as
-memory of the process wherever peaks are measured, though no cap counts them.
+A cache is a :class:`dfed.data.row_file.RowFile`, whose key is a hash of what the samples depend on.
 """
 
 from __future__ import annotations
 
 import contextlib
-import io
-import json
 import math
-import os
 import shutil
-import zlib
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
-import torch
 from torch import Tensor
 
+from dfed.data.row_file import RowFile
 from dfed.errors import TrainingFailed
 from dfed.settings import format_bytes
 
@@ -84,21 +78,14 @@ class ActivationCache:
 
         Its bytes are looked at once in a process.
         """
-        try:
-            marker = json.loads(self._marker(number).read_text(encoding="utf-8"))
-            if marker["key"] != key or marker["bytes"] != self._data(number).stat().st_size:
-                return False
-            if (number, key) not in self._known:
-                if marker["crc32"] != _checksum(self._data(number)):
-                    return False
-                self._known.add((number, key))
-            return True
-        except (OSError, ValueError, KeyError, TypeError):
+        if self._rows(number).fault(key, bytes_too=(number, key) not in self._known) is not None:
             return False
+        self._known.add((number, key))
+        return True
 
     def keep_only(self, numbers: Iterable[int]) -> None:
         """Remove all other caches, and what was left half written."""
-        kept = {path for number in numbers for path in (self._marker(number), self._data(number))}
+        kept = {path for rows in map(self._rows, numbers) for path in (rows.marker, rows.data)}
         for path in sorted(self._folder.glob("block_*")) if self._folder.is_dir() else []:
             if path not in kept:
                 path.unlink(missing_ok=True)
@@ -118,34 +105,15 @@ class ActivationCache:
         Raises:
             TrainingFailed: If the disk refuses it.
         """
-        data, marker = self._data(number), self._marker(number)
-        partial, count, shape, crc = data.with_suffix(".partial"), 0, (), 0
+        values = (self._converted(piece.cpu().numpy()) for piece in pieces)
         try:
-            self._folder.mkdir(parents=True, exist_ok=True)
-            marker.unlink(missing_ok=True)
-            with partial.open("wb") as file:
-                for piece in pieces:
-                    values = self._converted(piece.cpu().numpy())
-                    file.write(values.data)
-                    crc = zlib.crc32(values.data, crc)
-                    count, shape = count + len(values), values.shape[1:]
-                file.flush()
-                os.fsync(file.fileno())
-            if count != num_samples:
-                return False
-            partial.rename(data)
-            text = json.dumps({"key": key, "bytes": data.stat().st_size, "crc32": crc, "shape": list(shape),
-                               "dtype": self._dtype.name})
-            unfinished = marker.with_suffix(".partial-marker")
-            unfinished.write_text(text, encoding="utf-8")
-            unfinished.rename(marker)
-            self._known.add((number, key))
+            whole = self._rows(number).write(key, num_samples, values)
         except OSError as error:
             raise TrainingFailed(f"the activations of a block cannot be cached in {self._folder}: {error.strerror}; "
                                  "`method.cache` 'none' keeps nothing.") from error
-        finally:
-            partial.unlink(missing_ok=True)
-        return True
+        if whole:
+            self._known.add((number, key))
+        return whole
 
     def _converted(self, values: np.ndarray) -> np.ndarray:
         with np.errstate(over="ignore"):
@@ -165,11 +133,12 @@ class ActivationCache:
         """
         self.start()
         assert self._reader is not None
-        with self._data(number).open("rb", buffering=0) as file:
+        rows = self._rows(number)
+        with rows.data.open("rb", buffering=0) as file:
             waiting: list[Future[Tensor]] = []
             try:
                 for wanted in places:
-                    waiting.append(self._reader.submit(self._read, file, wanted, shape))
+                    waiting.append(self._reader.submit(rows.read, file, wanted, shape))
                     if len(waiting) > 1:
                         yield _result(waiting.pop(0))  # of which nothing is kept here
                 if waiting:
@@ -183,38 +152,14 @@ class ActivationCache:
         return self.batches(number, (np.arange(start, min(start + size, num_samples))
                                      for start in range(0, num_samples, size)), shape)
 
-    def _read(self, file: io.FileIO, places: np.ndarray, shape: tuple[int, ...]) -> Tensor:
-        values = np.empty((len(places), *shape), self._dtype)
-        rows, row_bytes = values.reshape(len(places), -1).view(np.uint8), self.sample_bytes(shape)
-        for row, place in zip(rows, places.tolist(), strict=True):
-            file.seek(place * row_bytes)
-            view = memoryview(row)
-            while view:
-                count = file.readinto(view)
-                if not count:
-                    raise OSError(0, "the file is cut short")
-                view = view[count:]
-        return torch.from_numpy(values).float()
-
     def close(self) -> None:
         """End the thread that reads ahead."""
         if self._reader is not None:
             self._reader.shutdown(wait=True)
             self._reader = None
 
-    def _data(self, number: int) -> Path:
-        return self._folder / f"block_{number:03d}.data"
-
-    def _marker(self, number: int) -> Path:
-        return self._folder / f"block_{number:03d}.json"
-
-
-def _checksum(path: Path) -> int:
-    crc = 0
-    with path.open("rb") as file:
-        while piece := file.read(2**20):
-            crc = zlib.crc32(piece, crc)
-    return crc
+    def _rows(self, number: int) -> RowFile:
+        return RowFile(self._folder / f"block_{number:03d}.data", self._dtype)
 
 
 def _result(future: Future[Tensor]) -> Tensor:

@@ -9,10 +9,11 @@ from typing import Literal
 import torch.nn.functional as F
 from torch import Tensor
 
+from dfed.blocks.local_blocks import largest_batch
 from dfed.blocks.prefix import PrefixChain
 from dfed.central.costs import prefix_peak, prefix_peaks
 from dfed.central.method import Problem
-from dfed.central.peaks import largest_batch, smallest_batch
+from dfed.central.peaks import smallest_batch
 from dfed.central.prefix_method import PrefixMethod
 from dfed.errors import ConfigError, Fault
 from dfed.models.layers import Count

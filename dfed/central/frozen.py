@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from dfed.central.local_net import LocalNet
+from dfed.blocks.local_net import LocalNet
 from dfed.client import Skeleton
 
 __all__ = ["Frozen"]

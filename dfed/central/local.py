@@ -13,11 +13,10 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from dfed.central.local_blocks import Block
-from dfed.central.local_heads import Filters, head_filters
+from dfed.blocks.local_blocks import Block, largest_batch
+from dfed.blocks.local_heads import Filters, head_filters
 from dfed.central.local_method import LocalMethod
 from dfed.central.method import Problem
-from dfed.central.peaks import largest_batch
 
 __all__ = ["ClassicLocal"]
 

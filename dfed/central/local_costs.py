@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dfed.blocks.local_net import LocalNet
 from dfed.central.frozen import Frozen
-from dfed.central.local_net import LocalNet
 from dfed.central.local_step import layer_session, local_step
 from dfed.central.peaks import Peaks, smallest_batch
 from dfed.central.session import Session

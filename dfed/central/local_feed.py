@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from dfed import rng
+from dfed.blocks.local_blocks import Block
+from dfed.blocks.local_net import LocalNet
 from dfed.central.activation_cache import ActivationCache
 from dfed.central.frozen import Frozen
-from dfed.central.local_blocks import Block
-from dfed.central.local_net import LocalNet
 from dfed.central.method import Problem
 from dfed.central.state import Tally, TrainState
 from dfed.checkpoint import params_sha256

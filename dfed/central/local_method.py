@@ -19,12 +19,12 @@ import torch
 from torch import Tensor, nn
 
 from dfed import rng
+from dfed.blocks.local_blocks import Block
+from dfed.blocks.local_net import LocalNet, exit_name
 from dfed.central.clock import StepClock
 from dfed.central.exits import choose_exit
-from dfed.central.local_blocks import Block
 from dfed.central.local_costs import LocalCosts
 from dfed.central.local_feed import Feed
-from dfed.central.local_net import LocalNet, exit_name
 from dfed.central.local_step import layer_session, local_step
 from dfed.central.method import Method, Outcome, Problem, VariantCosts
 from dfed.central.session import Session

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dfed.central.local_net import LocalNet
+from dfed.blocks.local_net import LocalNet
 from dfed.central.session import Session
 from dfed.central.settings import EpochSettings
 from dfed.models import Chain

@@ -13,16 +13,14 @@ are written to a file, from which the next one is trained. The learning rate of 
 
 from __future__ import annotations
 
-import functools
 from typing import Annotated, Literal
 
 from pydantic import Field
 
-from dfed.central.local_blocks import join_layers
-from dfed.central.local_heads import Filters, Heads, head_filters
+from dfed.blocks.local_blocks import join_layers
+from dfed.blocks.local_heads import Filters, Heads, filters_by
 from dfed.central.local_method import LocalMethod
 from dfed.central.method import Problem
-from dfed.errors import ConfigError, Fault
 
 __all__ = ["NeuroFlux"]
 
@@ -46,11 +44,7 @@ class NeuroFlux(LocalMethod):
                  smallest_filters: Filters = 16, largest_filters: Filters = 256, rho: Annotated[float, Field(ge=0)] = 0.4,
                  exit_tolerance: Annotated[float, Field(ge=0, le=1)] | None = None,
                  cache: Literal["fp32", "fp16", "none"] = "fp32"):
-        if smallest_filters > largest_filters:
-            message = f"must be at most `largest_filters` ({largest_filters}), but is {smallest_filters}."
-            raise ConfigError([Fault("smallest_filters", message)])
-        filters_of = functools.partial(head_filters, problem.chain, heads=heads, gamma=gamma, smallest=smallest_filters,
-                                       largest=largest_filters)
+        filters_of = filters_by(problem.chain, heads, gamma, smallest_filters, largest_filters)
         super().__init__(problem, filters_of=filters_of, cache=cache, exit_tolerance=exit_tolerance)
         layers = range(len(self.net.layers))
         smallest = self.check_smallest([(layer, layer + 1) for layer in layers])

@@ -1,4 +1,4 @@
-"""Predicted peaks as functions of the batch size, and the largest batch that fits."""
+"""Predicted peaks as functions of the batch size."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dfed.planner import Store
 from dfed.planner.line import PeakLine
 from dfed.planner.ways import too_few_values
 
-__all__ = ["Peaks", "largest_batch", "smallest_batch"]
+__all__ = ["Peaks", "smallest_batch"]
 
 _BATCHES = (8, 16, 24)
 
@@ -60,20 +60,3 @@ def smallest_batch(peaks: Peaks) -> int:
             raise
         return 2
     return 1
-
-
-def largest_batch(fits: Callable[[int], bool], at_least: int, at_most: int) -> int:
-    """The largest size from ``at_least`` to ``at_most`` that fits; 0 if ``at_least`` does not.
-
-    Where a size fits, smaller ones do.
-    """
-    at_most = max(at_least, at_most)
-    if fits(at_most):
-        return at_most
-    if not fits(at_least):
-        return 0
-    low, high = at_least, at_most  # low fits, high does not
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle)
-    return low

@@ -4,7 +4,8 @@ from dfed.client.evaluation import Evaluation, Evaluator, Trial, combine, evalua
 from dfed.client.forms import DEFAULT_CODEC, Form, Forms, nothing
 from dfed.client.report import ClientReport
 from dfed.client.settings import ClientSettings, ScheduleSettings, TrainingSettings, client_conflicts, make_optimizer
-from dfed.client.training import LocalResult, Skeleton, run_plan
+from dfed.client.skeleton import Skeleton
+from dfed.client.training import LocalResult, run_plan
 from dfed.client.worker import Worker
 
 __all__ = [
@@ -18,8 +19,8 @@ __all__ = [
     "LocalResult",
     "ScheduleSettings",
     "Skeleton",
-    "Trial",
     "TrainingSettings",
+    "Trial",
     "Worker",
     "client_conflicts",
     "combine",

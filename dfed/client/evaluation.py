@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from dfed import rng
 from dfed.client.forms import Forms
-from dfed.client.training import Skeleton
+from dfed.client.skeleton import Skeleton
 from dfed.client.statistics import STATISTICS_RANGE, norm_statistics, statistics_names
 from dfed.comm.partial_sums import PartialSums, weight_scale
 from dfed.data import Dataset, Subset

@@ -5,7 +5,9 @@ the next one beside it; the server takes note of it when the round is complete. 
 rank can play any client, and a round that was interrupted is simply done again. Versions that no checkpoint needs any more are
 removed.
 
-``clients/000012/000034.safetensors`` is client 12's state as it left round 34.
+``clients/000012/000034.safetensors`` is client 12's state as it left round 34. ``clients/000012/000034.features``, with its
+marker ``000034.json``, holds the features that the client trains on from round 34 on, until there are others; see
+:mod:`dfed.client.features`. They belong to the states of these rounds, and go with them.
 """
 
 from __future__ import annotations
@@ -30,7 +32,7 @@ __all__ = ["CLIENTS", "ClientHome", "errors_of", "next_state", "own_state"]
 CLIENTS = "clients"
 """Name of the folder, inside a run folder, that holds the clients' states."""
 
-_VERSION = re.compile(r"(\d{6,})\.safetensors")
+_VERSION = re.compile(r"(\d{6,})\.(safetensors|features|json)")
 
 
 class ClientHome:
@@ -46,6 +48,10 @@ class ClientHome:
     def path(self, client: int, version: int) -> Path:
         """The file of a client's state as it left round ``version``."""
         return self.folder / f"{client:06d}" / f"{version:06d}.safetensors"
+
+    def features_path(self, client: int, version: int) -> Path:
+        """The file of the features that a client trains on from round ``version`` on."""
+        return self.folder / f"{client:06d}" / f"{version:06d}.features"
 
     def load(self, client: int, version: int | None) -> dict[str, Tensor]:
         """The client's state, float32 by name; empty before its first.
@@ -113,16 +119,20 @@ class ClientHome:
                                       f"{self.path(client, version)}, but is not there.")
 
     def prune(self, needed: Iterable[Mapping[int, int]]) -> None:
-        """Remove every version but those that one of ``needed`` (client → version) names. A file that will not go stays."""
+        """Remove every version but those that one of ``needed`` (client → version) names, and features that belong to none
+        of these. A file that will not go stays."""
         kept: dict[int, set[int]] = {}
         for versions in needed:
             for client, version in versions.items():
                 kept.setdefault(client, set()).add(version)
         for folder in self.folder.glob("[0-9]*"):
             versions_kept = kept.get(int(folder.name), set()) if folder.name.isdigit() else set()
-            for path in folder.iterdir():
-                match = _VERSION.fullmatch(path.name)
-                if match is None or int(match.group(1)) not in versions_kept:
+            found = [(path, _VERSION.fullmatch(path.name)) for path in folder.iterdir()]
+            starts = [int(match.group(1)) for _, match in found if match is not None and match.group(2) == "features"]
+            begun = {max((start for start in starts if start <= version), default=None) for version in versions_kept}
+            for path, match in found:
+                needed_here = versions_kept if match is not None and match.group(2) == "safetensors" else begun
+                if match is None or int(match.group(1)) not in needed_here:
                     with contextlib.suppress(OSError):
                         path.unlink()
 

@@ -9,19 +9,21 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
+from dfed.client.features import Blank, Features, pass_through, units_of
 from dfed.client.settings import ClientSettings, make_optimizer
+from dfed.client.skeleton import Skeleton
 from dfed.models import Chain
 from dfed.plan import Phase, Plan
 from dfed.region import Region
-from dfed.strategies import Strategy
+from dfed.strategies import PASS, Strategy
 
-__all__ = ["Batches", "LocalResult", "Skeleton", "rehearse", "run_plan"]
+__all__ = ["Batches", "LocalResult", "on_cpu", "rehearse", "run_plan"]
 
 Batches = Callable[[Phase], Iterable[tuple[Tensor, Tensor]]]
 
@@ -47,83 +49,6 @@ class LocalResult:
     num_steps: int
 
 
-@runtime_checkable
-class _Taker(Protocol):
-    """A module that makes what it holds from the values that came down."""
-
-    def take(self, values: Mapping[str, Tensor], prefix: str, device: torch.device) -> None: ...
-
-    def release(self) -> None: ...
-
-
-class Skeleton:
-    """A sub-model without storage that can be given storage, trained, and emptied again, client after client.
-
-    A module that has the methods ``take(values, prefix, device)`` and ``release()`` (see :class:`dfed.blocks.quantised.Frozen`)
-    makes what it holds from the values by itself, and is asked to let go of it again.
-
-    Args:
-        model: On the meta device, as :meth:`Strategy.build` made it.
-    """
-
-    def __init__(self, model: nn.Module):
-        self.model = model
-        self._takers = {prefix: module for prefix, module in model.named_modules() if isinstance(module, _Taker)}
-        self._slots = [
-            (table, name, f"{prefix}.{name}" if prefix else name, tensor, name not in module._non_persistent_buffers_set)
-            for prefix, module in model.named_modules() if prefix not in self._takers
-            for table in (module._parameters, module._buffers)
-            for name, tensor in table.items()
-            if tensor is not None
-        ]
-        self._attributes = set(vars(model))
-        self._structure = _structure(model)
-
-    def load(self, values: Mapping[str, Tensor], device: torch.device) -> None:
-        """Give every parameter and buffer storage of its own on ``device``.
-
-        Floating-point tensors take a copy of ``values[name]``; counters, which never travel, start at zero. Each tensor is
-        allocated by itself, so that kernels see the same alignment whatever it was copied from.
-
-        Raises:
-            KeyError: If a floating-point tensor, or one that a module asks for, has no value.
-        """
-        for prefix, module in self._takers.items():  # first: what they need for a while is not on top of everything else
-            module.take(values, prefix, device)
-        for table, name, full_name, empty, persistent in self._slots:
-            if not (persistent and empty.is_floating_point()):
-                table[name] = torch.zeros(empty.shape, dtype=empty.dtype, device=device)
-                continue
-            value = values[full_name]
-            assert value.shape == empty.shape, f"{full_name}: {tuple(value.shape)} is not {tuple(empty.shape)}"
-            placed = torch.empty(empty.shape, dtype=empty.dtype, device=device).copy_(value, non_blocking=True)
-            is_parameter = isinstance(empty, nn.Parameter)
-            table[name] = nn.Parameter(placed, requires_grad=empty.requires_grad) if is_parameter else placed
-
-    def unload(self) -> bool:
-        """Let go of all storage, and of attributes that a strategy set on the model.
-
-        Returns:
-            Whether the model is as it was. If not (a strategy added modules, hooks, or attributes deeper down), the skeleton
-            must not serve another client.
-        """
-        for module in self._takers.values():
-            module.release()
-        for table, name, _, empty, _ in self._slots:
-            table[name] = empty
-        for attribute in set(vars(self.model)) - self._attributes:
-            delattr(self.model, attribute)
-        return _structure(self.model) == self._structure
-
-
-def _structure(model: nn.Module) -> list[Any]:
-    """What a strategy could have changed about the modules, storage apart."""
-    return [
-        (id(module), {name: len(value) if isinstance(value, dict) else None for name, value in vars(module).items()})
-        for module in model.modules()
-    ]
-
-
 def run_plan(
     strategy: Strategy,
     plan: Plan,
@@ -139,6 +64,7 @@ def run_plan(
     after_batch: Callable[[], None] = lambda: None,
     client_state: MutableMapping[str, Tensor] | None = None,
     draw: Callable[[int], int] = lambda n: n - 1,
+    features: Features | None = None,
 ) -> LocalResult:
     """Train one client. Everything it allocates counts against the client's budget.
 
@@ -152,26 +78,23 @@ def run_plan(
         after_batch: Called after each step; may raise to abandon the training.
         client_state: What the client remembers, on the CPU; the strategy may take things out of it.
         draw: ``model.draw``; see :meth:`Strategy.num_draws`.
+        features: Where those of :meth:`Strategy.feed` come from and go to; the mini-batches are the caller's business.
     """
-    model = skeleton.model
+    passes, phases = _parted(plan)
+    for phase in passes:
+        assert features is not None, "a phase that passes samples on needs a feed"
+        pass_through(features, values, phase.batch_size, settings.precision, device, after_batch)
     skeleton.load(values, device)
-    if generator is not None and hasattr(model, "set_generator"):
-        model.set_generator(generator)
-    model.train()
-    if settings.activation_checkpointing:
-        assert isinstance(model, Chain), "activation checkpointing works on chains: a strategy must build one"
-        model.recompute = True
-    model.draw = draw  # type: ignore[assignment]
+    model = _ready(skeleton.model, settings, generator, draw)
     client_state = {} if client_state is None else client_state
     strategy.receive(model, client_state, plan)
-    wanted, count = _Wanted(strategy, plan, model), _Count(device)
-    optimizer: torch.optim.Optimizer | None = None
-    for phase in plan.phases:
+    wanted, count, optimizer, rate = _Wanted(strategy, plan, model), _Count(device), None, 1.0
+    for phase in phases:
         if optimizer is not None:
             optimizer.zero_grad(set_to_none=True)  # a phase may train less than the one before
-        if wanted.change_to(phase) or optimizer is None:
-            optimizer = None  # its state goes before the next one's comes
-            optimizer = make_optimizer(settings, wanted.parameters, rate_factor)
+        if wanted.change_to(phase) or optimizer is None or phase.rate != rate:
+            optimizer, rate = None, phase.rate  # its state goes before the next one's comes
+            optimizer = make_optimizer(settings, wanted.parameters, rate_factor * rate)
         for x, y in _on(device, batches(phase)):
             optimizer.zero_grad(set_to_none=True)
             with torch.autocast(device.type, torch.bfloat16, enabled=settings.precision == "bf16"):
@@ -186,6 +109,25 @@ def run_plan(
     kept = _checked(strategy.remember(model, client_state, plan)) if strategy.keeps_state else client_state
     update = _update(strategy, plan, model, regions)
     return LocalResult(update, kept, count.loss_sum, count.loss_square_sum, count.num_visits, count.num_steps)
+
+
+def _parted(plan: Plan) -> tuple[list[Phase], list[Phase]]:
+    """Phases that make features, and those that train."""
+    passes = [phase for phase in plan.phases if phase.objective == PASS]
+    return passes, [phase for phase in plan.phases if phase.objective != PASS]
+
+
+def _ready(model: nn.Module, settings: ClientSettings, generator: torch.Generator | None, draw: Callable[[int], int],
+           ) -> nn.Module:
+    """Put a model that has its values into the state in which it is trained."""
+    if generator is not None and hasattr(model, "set_generator"):
+        model.set_generator(generator)
+    model.train()
+    if settings.activation_checkpointing:
+        assert isinstance(model, Chain), "activation checkpointing works on chains: a strategy must build one"
+        model.recompute = True
+    model.draw = draw  # type: ignore[assignment]
+    return model
 
 
 class _Count:
@@ -267,13 +209,29 @@ def rehearse(strategy: Strategy, plan: Plan, skeleton: Skeleton, values: Mapping
         input_shape: Of one sample.
         num_samples: The client's; a mini-batch has no more.
     """
+    feed = strategy.feed(plan)
+    shape, features = input_shape, None
+    if feed is not None:
+        shape, units = feed.shape, units_of(strategy.problem.chain, feed)
+        features = Blank(units, feed.source_shape, lambda size, *shape: torch.zeros(min(size, num_samples), *shape))
+
     def batches(phase: Phase) -> Iterable[tuple[Tensor, Tensor]]:
         size = min(phase.batch_size, num_samples)
-        yield torch.zeros(size, *input_shape), torch.zeros(size, dtype=torch.int64)
+        yield torch.zeros(size, *shape), torch.zeros(size, dtype=torch.int64)
 
     with contextlib.suppress(Exception):
         run_plan(strategy, plan, skeleton, values, regions, batches, settings, rate_factor=1.0, device=device,
-                 generator=torch.Generator(device=device))
+                 generator=torch.Generator(device=device), features=features)
+
+
+def on_cpu(tensors: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    """The tensors on the CPU; from a GPU through page-locked memory, all at once."""
+    if device.type != "cuda":
+        return {name: value.cpu() for name, value in tensors.items()}
+    staged = {name: torch.empty(value.shape, dtype=value.dtype, pin_memory=True).copy_(value, non_blocking=True)
+              for name, value in tensors.items()}
+    torch.cuda.synchronize(device)
+    return staged
 
 
 def _on(device: torch.device, batches: Iterable[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:

@@ -20,12 +20,14 @@ from torch import Tensor
 from dfed import rng
 from dfed.client.down import Down
 from dfed.client.evaluation import Trial
+from dfed.client.features import ClientFeatures
 from dfed.client.forms import Form, Forms, nothing
 from dfed.client.home import errors_of, next_state, own_state
 from dfed.client.report import ClientReport
 from dfed.client.settings import ClientSettings, make_optimizer
+from dfed.client.skeleton import Skeleton
 from dfed.client.thread import TrainingThread
-from dfed.client.training import Skeleton, rehearse, run_plan
+from dfed.client.training import on_cpu, rehearse, run_plan
 from dfed.comm.partial_sums import PartialSums, check_values
 from dfed.comm.wire import Message
 from dfed.data import AUGMENTATIONS, Dataset, Partition, client_batches
@@ -82,6 +84,7 @@ class Worker:
         self._feeds_back = error_feedback
         self._measured: set[str] = set()
         self._warned: set[tuple[str, int | None]] = set()
+        self._warned_augment = False
 
     def _warm_up(self) -> None:
         """One small step of the full model without a cap: loads what libraries load once, and keep for each thread."""
@@ -180,8 +183,8 @@ class Worker:
 
         Not in the training thread, in which libraries would keep buffers that other clients' training does not find.
         """
-        if self._trial is None or not self._trial.is_due(round_index):
-            return 0.0
+        if self._trial is None or not self._trial.is_due(round_index) or self._strategy.feed(plan) is not None:
+            return 0.0  # not due, or a model of features
         start = time.perf_counter()
         report.own_correct = self._trial.correct(self._skeletons[plan.shape_key()].model)
         return time.perf_counter() - start
@@ -212,13 +215,17 @@ class Worker:
 
         draws = rng.numpy_generator(self._seed, "draw", down.round_index, plan.client)
         turns = itertools.count()  # two equal phases see the data in different orders
+        features = self._features_of(plan, down, indices)
 
         def batches(phase: Phase) -> Iterable[tuple[Tensor, Tensor]]:
             keys = ("batches", down.round_index, plan.client, next(turns))
+            dataset, places, augment = self._dataset, indices, self._augment
+            if features is not None:
+                dataset, places, augment = features.dataset, np.arange(len(indices)), None
             return client_batches(
-                self._dataset, indices, batch_size=phase.batch_size, epochs=phase.epochs, steps=phase.steps,
-                generator=rng.torch_generator(self._seed, *keys), augment=self._augment,
-                drop_last=phase.drop_last,
+                dataset, places, batch_size=phase.batch_size, epochs=phase.epochs, steps=phase.steps,
+                generator=rng.torch_generator(self._seed, *keys), augment=augment, drop_last=phase.drop_last,
+                at_once=features is None,
             )
 
         if self._cap.enforces and budget_bytes is not None and self._thread.must_rehearse(
@@ -238,7 +245,7 @@ class Worker:
                     rate_factor=down.rate_factor, device=self._device, generator=generator, after_batch=self._after_batch,
                     # Copies: the state counts against the budget, and what another try did to it is not seen here.
                     client_state={name: value.clone() for name, value in client_state.items()},
-                    draw=lambda n: int(draws.integers(n)),
+                    draw=lambda n: int(draws.integers(n)), features=features,
                 )
                 report.loss = float(result.loss_sum) / max(1, result.num_visits)
                 report.loss_rms = math.sqrt(float(result.loss_square_sum) / max(1, result.num_visits))
@@ -246,7 +253,21 @@ class Worker:
             report.peak_bytes = meter.peak_bytes if meter is not None else None
         self._measured.add(plan.cost_key())
         report.num_visits, report.num_steps = result.num_visits, result.num_steps
-        return _on_cpu(result.update, self._device), _on_cpu(result.client_state, self._device)
+        return on_cpu(result.update, self._device), on_cpu(result.client_state, self._device)
+
+    def _features_of(self, plan: Plan, down: Down, indices: np.ndarray) -> ClientFeatures | None:
+        """What the plan's client trains on in the place of its samples, if it does; as far as it is there it is whole."""
+        feed = self._strategy.feed(plan)
+        if feed is None:
+            return None
+        assert down.home is not None, "a strategy whose clients train on features keeps state"
+        if self._settings.augment != "none" and not self._warned_augment:
+            self._warned_augment = True
+            logger.warning("augmentation ('%s') is applied as long as clients train on their samples themselves, not to "
+                           "features that they keep of them (said once)", self._settings.augment)
+        features = ClientFeatures(self._strategy.problem.chain, feed, down.home, plan.client, self._dataset, indices)
+        features.check()
+        return features
 
     def _after_batch(self) -> None:
         if self._abandoned():
@@ -274,13 +295,3 @@ class Worker:
             return ""
         what = "data" if len(indices) < _LOOKED_AT else f"first {_LOOKED_AT} samples"
         return f" The client's {what} are finite: check the learning rate (`client.learning_rate`, `client.clip_norm`)."
-
-
-def _on_cpu(tensors: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
-    """The tensors on the CPU; from a GPU through page-locked memory, all at once."""
-    if device.type != "cuda":
-        return {name: value.cpu() for name, value in tensors.items()}
-    staged = {name: torch.empty(value.shape, dtype=value.dtype, pin_memory=True).copy_(value, non_blocking=True)
-              for name, value in tensors.items()}
-    torch.cuda.synchronize(device)
-    return staged

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -29,11 +30,11 @@ def client_batches(
     steps: int | None = None,
     augment: Augment | None = None,
     drop_last: bool = False,
+    at_once: bool = True,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Mini-batches of a client's samples, in a new random order each epoch.
 
-    The sequence depends on the arguments only, the generator's state included. Samples of up to 2 MiB in all are
-    read once, when this function is called; more are read batch by batch.
+    The sequence depends on the arguments only, the generator's state included.
 
     Args:
         dataset: Where the samples are.
@@ -44,6 +45,8 @@ def client_batches(
         steps: how many batches to give, going through the samples as often as it takes. Exactly one of the two.
         augment: Applied to each batch's images.
         drop_last: Leave out an epoch's last batch if it is smaller than ``batch_size``, unless it is the only one.
+        at_once: Samples of up to 2 MiB in all are read once, when this function is called; more, and without this also fewer,
+            are read batch by batch. Nothing else depends on it.
 
     Returns:
         Iterator over images, float32 (b, C, H, W), and labels, int64 (b,); fresh tensors.
@@ -55,14 +58,13 @@ def client_batches(
     stop = num_samples - num_samples % batch_size if drop_last and num_samples >= batch_size else num_samples
     per_epoch = -(-stop // batch_size)
     count = steps if steps is not None else epochs * per_epoch
-    source = _source(dataset, np.asarray(indices, dtype=np.int64))
+    source = _source(dataset, np.asarray(indices, dtype=np.int64), _GATHER_BYTES if at_once else 0)
     return itertools.islice(_endless(source, num_samples, stop, batch_size, generator, augment), count)
 
 
-def _source(dataset: Dataset, indices: np.ndarray) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+def _source(dataset: Dataset, indices: np.ndarray, most_bytes: int) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
     """A function from places among ``indices``, int64 (b,), to images and labels."""
-    channels, height, width = dataset.shape
-    if 4 * channels * height * width * len(indices) > _GATHER_BYTES:
+    if 4 * math.prod(dataset.shape) * len(indices) > most_bytes:
         return lambda places: dataset.batch(indices.take(places.numpy()))
     images, labels = dataset.batch(indices)
     return lambda places: (images.index_select(0, places), labels.index_select(0, places))

@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 from dfed.client import ClientSettings, Skeleton, TrainingSettings, run_plan
+from dfed.client.features import Blank, units_of
 from dfed.client.forms import Forms
 from dfed.memory import CPU_OVERHEAD_BYTES, GREY_ZONE, predict_course
 from dfed.plan import Phase, Plan
-from dfed.planner.flops import flop_counter, flops_by_type
+from dfed.planner.flops import attention_in_parts, flop_counter, flops_by_type
 from dfed.planner.line import PeakLine
 from dfed.planner.store import Store, describe
 from dfed.strategies import Strategy
@@ -158,39 +159,43 @@ class Costs:
         num_draws = self.strategy.num_draws(plan)
         for number in range(max(0, num_draws - 2), num_draws):
             skeleton = Skeleton(self.strategy.build(plan))
-            train = functools.partial(self._train, plan, skeleton, draw=lambda n, number=number: number)
+            train = functools.partial(self._train, plan, skeleton, self._features(plan), draw=lambda n, number=number: number)
             levels += predict_course(lambda: self._payload(plan), train)
         return levels
 
     def _payload(self, plan: Plan) -> dict[str, Tensor]:
         return {entry.name: torch.empty(entry.shape) for entry in self._forms.of(plan).down}
 
-    def _train(
-        self, plan: Plan, skeleton: Skeleton, values: dict[str, Tensor], batch_size: int | None = None, steps: int = 2,
-        draw: Callable[[int], int] = lambda n: n - 1,
-    ) -> None:
+    def _features(self, plan: Plan) -> Blank | None:
+        feed = self.strategy.feed(plan)
+        return None if feed is None else Blank(units_of(self.strategy.problem.chain, feed), feed.source_shape, torch.empty)
+
+    def _train(self, plan: Plan, skeleton: Skeleton, features: Blank | None, values: dict[str, Tensor], steps: int = 2,
+               draw: Callable[[int], int] = lambda n: n - 1) -> None:
         """The client's own training code, on tensors without storage."""
+        feed = self.strategy.feed(plan)
+        shape = self._input_shape if feed is None else feed.shape
 
         def batches(phase: Phase) -> Iterable[tuple[Tensor, Tensor]]:
             # Two steps, if so many are taken: the second meets the optimiser's state, which the first one makes.
             for _ in range(min(steps, phase.steps or steps)):
-                size = batch_size or phase.batch_size
-                yield torch.empty(size, *self._input_shape), torch.zeros(size, dtype=torch.int64)
+                yield torch.empty(phase.batch_size, *shape), torch.zeros(phase.batch_size, dtype=torch.int64)
 
         run_plan(
             self.strategy, plan, skeleton, values, self._forms.of(plan).regions, batches, self._settings,
             rate_factor=1.0, device=torch.device("cpu"), generator=torch.Generator(), draw=draw,
+            features=features,
         )
 
     def _flops_per_visit(self, plan: Plan) -> list[float]:
         """Floating-point and int8 operations of one phase; the mean over the courses among which its steps draw."""
         counter, skeleton, num_draws = flop_counter(), Skeleton(self.strategy.build(plan)), self.strategy.num_draws(plan)
-        turns = itertools.count()
+        plan, features, turns = with_batch(plan, _FLOP_BATCH), self._features(plan), itertools.count()
 
         def work(values: dict[str, Tensor]) -> None:
-            with counter:
+            with attention_in_parts(), counter:
                 for _ in range(num_draws):
-                    self._train(plan, skeleton, values, batch_size=_FLOP_BATCH, steps=1, draw=lambda n: next(turns) % n)
+                    self._train(plan, skeleton, features, values, steps=1, draw=lambda n: next(turns) % n)
 
         predict_course(lambda: self._payload(plan), work)
         return [count / (_FLOP_BATCH * num_draws) for count in flops_by_type(counter)]
@@ -212,7 +217,7 @@ def what_counts(settings: TrainingSettings) -> list[Any]:
 
 def _trains_plainly(strategy: Strategy) -> bool:
     """Whether the strategy's clients do what those of every strategy do that says nothing else."""
-    methods = ("region", "build", "receive", "loss", "upload", "remember", "num_draws")
+    methods = ("region", "build", "feed", "receive", "loss", "upload", "remember", "num_draws")
     plain = all(getattr(type(strategy), name) is getattr(Strategy, name) for name in methods)
     return plain and not strategy.keeps_state and not strategy.extras
 

@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
 
-__all__ = ["flop_counter", "flops_by_type", "forward_flops"]
+__all__ = ["attention_in_parts", "flop_counter", "flops_by_type", "forward_flops"]
+
+
+@contextmanager
+def attention_in_parts() -> Iterator[None]:
+    """Inside, attention in evaluation mode does not run as one operator, whose arithmetic is not counted."""
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
 
 
 def flop_counter() -> FlopCounterMode:
@@ -24,13 +36,8 @@ def forward_flops(model: nn.Module, input_shape: tuple[int, ...]) -> int:
         model: On the meta device; left in evaluation mode.
         input_shape: Of a sample.
     """
-    fast = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)  # attention as one operator is not counted
-    try:
-        with flop_counter() as counter, torch.no_grad():
-            model.eval()(torch.empty(1, *input_shape, device="meta"))
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast)
+    with attention_in_parts(), flop_counter() as counter, torch.no_grad():
+        model.eval()(torch.empty(1, *input_shape, device="meta"))
     return counter.get_total_flops()
 
 

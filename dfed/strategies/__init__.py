@@ -1,5 +1,5 @@
 """Strategies: one method of federated training a file."""
 
-from dfed.strategies.base import Candidate, Problem, Strategy
+from dfed.strategies.base import PASS, Candidate, Feed, Problem, Strategy
 
-__all__ = ["Candidate", "Problem", "Strategy"]
+__all__ = ["PASS", "Candidate", "Feed", "Problem", "Strategy"]

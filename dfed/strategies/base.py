@@ -23,7 +23,10 @@ from dfed.plan import Phase, Plan
 from dfed.region import WHOLE, Region
 from dfed.state import ServerState
 
-__all__ = ["Candidate", "PlannerView", "Problem", "Strategy"]
+__all__ = ["PASS", "Candidate", "Feed", "PlannerView", "Problem", "Strategy"]
+
+PASS = "pass"
+"""The objective of a phase that trains nothing: it passes the client's samples once through the units of its :class:`Feed`."""
 
 
 class PlannerView(Protocol):
@@ -103,6 +106,27 @@ class Problem:
     budget_bytes: Callable[[Plan], int] = _nothing_needed
 
 
+@dataclass(frozen=True, kw_only=True)
+class Feed:
+    """Features that a client trains on in the place of its samples: what frozen units make of these, in evaluation mode.
+
+    They lie in a file in the client's home, outside of its memory, and are read row by row. A phase with the objective
+    :data:`PASS` makes them.
+
+    Attributes:
+        shape, source_shape: Of one sample's features, and of what they are made of.
+        version: The round from which on its features have been these; the file is called after it.
+        units: Of the chain, in order: those that ``source`` passes to become the features.
+        source: The version of the features that they are made of; None: they are made of the samples themselves.
+    """
+
+    shape: tuple[int, ...]
+    version: int
+    units: tuple[str, ...] = ()
+    source_shape: tuple[int, ...] = ()
+    source: int | None = None
+
+
 class Strategy(ABC):
     """One method of federated training.
 
@@ -162,6 +186,14 @@ class Strategy(ABC):
         for name, parameter in chain.named_parameters():
             parameter.requires_grad_(splitting.block_of(name) in plan.train)
         return chain
+
+    def feed(self, plan: Plan) -> Feed | None:
+        """What the plan's client trains on in the place of its samples; None: its samples.
+
+        A strategy that says something needs ``keeps_state``. Of a client's files the newest is sure to be there that is not of
+        a version after the last round that the client completed.
+        """
+        return None
 
     def receive(self, model: nn.Module, client_state: MutableMapping[str, Tensor], plan: Plan) -> None:
         """Called under the client's cap when the model holds its values, before training. May prepare ``model``.

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from dfed.plan import Phase, Plan
 from dfed.region import Region
 from dfed.state import ServerState
-from dfed.strategies.base import Candidate, Strategy
+from dfed.strategies.base import Candidate, Feed, Strategy
 
 __all__ = ["Wrapper"]
 
@@ -45,6 +45,9 @@ class Wrapper(Strategy):
 
     def build(self, plan: Plan) -> nn.Module:
         return self.inner.build(plan)
+
+    def feed(self, plan: Plan) -> Feed | None:
+        return self.inner.feed(plan)
 
     def receive(self, model: nn.Module, client_state: MutableMapping[str, Tensor], plan: Plan) -> None:
         self.inner.receive(model, client_state, plan)

@@ -176,16 +176,29 @@ def test_methods_on_depth_stay_within_the_memory_that_they_planned_for(reference
 def test_what_methods_remember_survives_a_resumption(reference, tmp_path):
     runs = []
     for name, done in (("depthfl", 1), ("progfed", 2), ("neulite_elastic", 3), ("neulite_rolled_back", 1), ("scaffold", 1),
-                       ("lips", 2)):
+                       ("lips", 2), ("neuroflux", 3)):
         folder = tmp_path / name
         runs += [[*VARIANTS[name], f"rounds={done}", "--out", folder], ["--resume", folder, f"rounds={done + 1}"]]
     # After the last round of what was asked for there is an evaluation beyond those that are due: it leaves no trace.
     folder = tmp_path / "heterofl"
     runs += [[*VARIANTS["heterofl"], "rounds=1", "metrics.every=2", "--out", folder], ["--resume", folder, "rounds=2"]]
     run_several(runs, tmp_path, ranks=1)
-    for name in ("depthfl", "progfed", "neulite_elastic", "neulite_rolled_back", "scaffold", "lips", "heterofl"):
+    for name in ("depthfl", "progfed", "neulite_elastic", "neulite_rolled_back", "scaffold", "lips", "neuroflux", "heterofl"):
         assert summary(tmp_path / name)["params_sha256"] == summary(reference / name)["params_sha256"]
         assert comparable(tmp_path / name) == comparable(reference / name)
+
+
+def test_features_that_clients_keep_are_made_once_and_used_again(reference, three_ranks):
+    down = {}
+    for row in rows(reference / "neuroflux"):
+        if row["kind"] == "client" and row["round"] >= 2:
+            down.setdefault(row["client"], []).append(row["bytes_down"])
+    assert any(len(turns) == 2 for turns in down.values())
+    assert {turns[0] for turns in down.values()} == {max(map(max, down.values()))}
+    assert all(turns[1] < turns[0] for turns in down.values() if len(turns) == 2)
+    kept, others = (sorted((folder / "neuroflux" / "clients").rglob("*.features")) for folder in (reference, three_ranks))
+    assert {int(path.parent.name) for path in kept} == set(down)
+    assert [path.read_bytes() for path in kept] == [path.read_bytes() for path in others]
 
 
 def test_parts_of_tensors_give_the_same_bits_fused_or_per_client(reference):

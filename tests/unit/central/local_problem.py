@@ -8,8 +8,8 @@ from typing import Any
 
 from central_problem import problem
 
-from dfed.central.local_blocks import Block
-from dfed.central.local_heads import head_filters
+from dfed.blocks.local_blocks import Block
+from dfed.blocks.local_heads import head_filters
 from dfed.central.local_method import LocalMethod
 from dfed.central.method import Problem
 from dfed.central.neuroflux import NeuroFlux

@@ -148,7 +148,7 @@ def test_a_full_disk(tmp_path, monkeypatch):
     def full(descriptor):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("dfed.central.activation_cache.os.fsync", full)
+    monkeypatch.setattr("dfed.data.row_file.os.fsync", full)
     with pytest.raises(TrainingFailed, match=r"cannot be cached in .*: No space left on device; `method.cache` 'none' keeps"):
         method.epoch(state, lambda: False)
     assert list((tmp_path / "new").iterdir()) == []

@@ -11,11 +11,11 @@ import torch.nn.functional as F
 from central_problem import base, problem, trainer
 from local_problem import CNN, STORE, TRAINING, Looks, bits, first_state, train
 
+from dfed.blocks.local_blocks import Block
 from dfed.central.bp import BP
 from dfed.central.config import load_train_config
 from dfed.central.costs import prefix_peak, prefix_peaks
 from dfed.central.local import ClassicLocal
-from dfed.central.local_blocks import Block
 from dfed.central.neuroflux import NeuroFlux
 from dfed.errors import ConfigError
 from dfed.models import materialise

@@ -8,11 +8,11 @@ import torch.nn.functional as F
 from central_problem import CPU, base
 from local_problem import neuroflux
 
+from dfed.blocks.local_blocks import join_layers
+from dfed.blocks.local_heads import head_filters, local_head
+from dfed.blocks.local_net import LocalNet
 from dfed.central.config import load_train_config
 from dfed.central.exits import choose_exit
-from dfed.central.local_blocks import join_layers
-from dfed.central.local_heads import head_filters, local_head
-from dfed.central.local_net import LocalNet
 from dfed.central.prepared import prepare
 from dfed.errors import ConfigError
 from dfed.models import build_chain, materialise

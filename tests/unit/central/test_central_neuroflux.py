@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from central_problem import StopAfter, base, trainer, under_a_cap
 from local_problem import CNN, bits, first_state, neuroflux, train
 
+from dfed.blocks.local_blocks import Block
 from dfed.central.config import load_train_config
-from dfed.central.local_blocks import Block
 from dfed.central.local_step import local_step
 from dfed.central.state import latest_state
 from dfed.errors import ConfigError, TrainingFailed

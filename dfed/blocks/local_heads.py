@@ -6,20 +6,22 @@ the image, a linear layer. Of tokens and vectors: the exit classifiers of :func:
 
 from __future__ import annotations
 
+import functools
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Annotated, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from dfed.blocks.depth import classifier
-from dfed.client import Skeleton
+from dfed.errors import ConfigError, Fault
 from dfed.memory import predict_levels
 from dfed.models import Chain
 
-__all__ = ["Filters", "Heads", "has_filters", "head_filters", "local_head"]
+__all__ = ["Filters", "Heads", "filters_by", "has_filters", "head_filters", "local_head"]
 
 Filters = Annotated[int, Field(ge=1, le=65536)]
 """How many filters the convolution of a head may have."""
@@ -27,7 +29,7 @@ Filters = Annotated[int, Field(ge=1, le=65536)]
 Heads = Literal["scaled", "memory_matched", "classic"]
 """How the filters of a head follow from what it stands behind."""
 
-_CPU, _SAMPLES = torch.device("cpu"), 2
+_SAMPLES = 2
 _FIELDS = 2  # of the image, in each direction
 
 
@@ -90,18 +92,29 @@ def head_filters(chain: Chain, start: int, stop: int, heads: Heads, gamma: float
     return max(smallest, min(largest, wanted))
 
 
+def filters_by(chain: Chain, heads: Heads, gamma: float, smallest_filters: int, largest_filters: int,
+               ) -> Callable[[int, int], int | None]:
+    """:func:`head_filters` as a function of the units ``start`` to ``stop`` alone.
+
+    Raises:
+        ConfigError: If ``smallest_filters`` is above ``largest_filters``.
+    """
+    if smallest_filters > largest_filters:
+        message = f"must be at most `largest_filters` ({largest_filters}), but is {smallest_filters}."
+        raise ConfigError([Fault("smallest_filters", message)])
+    return functools.partial(head_filters, chain, heads=heads, gamma=gamma, smallest=smallest_filters, largest=largest_filters)
+
+
 def _kept(module: nn.Module, shape: tuple[int, ...]) -> int:
     """Bytes of activations that a forward pass keeps for the backward pass, its output included, its input not."""
-    skeleton = Skeleton(module)
+    def prepare() -> tuple[dict[str, Tensor], Tensor]:
+        state = {name: torch.zeros(value.shape, dtype=value.dtype) for name, value in module.named_buffers()}
+        state |= {name: torch.zeros(value.shape, requires_grad=True) for name, value in module.named_parameters()}
+        return state, torch.empty(_SAMPLES, *shape)
 
-    def prepare() -> Tensor:
-        state = module.state_dict(keep_vars=True)
-        skeleton.load({name: torch.empty(value.shape) for name, value in state.items()}, _CPU)
-        module.train()
-        return torch.empty(_SAMPLES, *shape)
-
-    def work(x: Tensor) -> Iterator[None]:
-        out = module(x)
+    def work(prepared: tuple[dict[str, Tensor], Tensor]) -> Iterator[None]:
+        state, x = prepared
+        out = functional_call(module.train(), state, (x,))
         yield
         del out
 

@@ -9,9 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from dfed.central.peaks import largest_batch
-
-__all__ = ["Block", "join_layers"]
+__all__ = ["Block", "join_layers", "largest_batch"]
 
 
 @dataclass(frozen=True)
@@ -64,3 +62,20 @@ def join_layers(smallest: list[int], peak_of: Callable[[int, int, int], int], fi
         blocks.append(Block(len(blocks), first, stop, batch, peak_of(first, stop, batch)))
         first = stop
     return blocks
+
+
+def largest_batch(fits: Callable[[int], bool], at_least: int, at_most: int) -> int:
+    """The largest size from ``at_least`` to ``at_most`` that fits; 0 if ``at_least`` does not.
+
+    Where a size fits, smaller ones do.
+    """
+    at_most = max(at_least, at_most)
+    if fits(at_most):
+        return at_most
+    if not fits(at_least):
+        return 0
+    low, high = at_least, at_most  # low fits, high does not
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low

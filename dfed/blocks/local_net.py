@@ -9,12 +9,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from dfed.blocks import check_names
-from dfed.central.local_heads import local_head
+from dfed.blocks.depth import check_names
+from dfed.blocks.local_heads import local_head
 from dfed.errors import ConfigError, Fault
 from dfed.models import Chain, materialise
 
-__all__ = ["LocalLayer", "LocalNet", "exit_name"]
+__all__ = ["LocalBlock", "LocalLayer", "LocalNet", "exit_name"]
 
 
 @dataclass(frozen=True)
@@ -85,6 +85,10 @@ class LocalNet:
         """All up to a layer, and its head. That of the last layer computes the chain."""
         return self._chain(0, layer)
 
+    def block_model(self, first: int, stop: int) -> LocalBlock:
+        """The layers from ``first`` up to and not including ``stop`` with all their heads."""
+        return LocalBlock(self, first, stop)
+
     def frozen(self, start: int, stop: int) -> Chain:
         """The units from ``start`` up to and not including ``stop``, by themselves."""
         whole = self.chain.skeleton()
@@ -108,6 +112,40 @@ class LocalNet:
         chain = self.chain
         return Chain(units, input_shape=self.shape_before(start), num_classes=chain.num_classes, name=chain.name,
                      init=chain.init_scheme)
+
+
+class LocalBlock(Chain):
+    """Neighbouring layers of a net, each with its head; on the meta device. As a module it computes the last one's scores.
+
+    Args:
+        first, stop: The layers from ``first`` up to and not including ``stop``.
+
+    Attributes:
+        num_layers: How many these are.
+    """
+
+    def __init__(self, net: LocalNet, first: int, stop: int):
+        chain, layers = net.chain.skeleton(), net.layers[first:stop]
+        start = layers[0].start
+        units = [(name, chain.unit(name)) for name in chain.unit_names[start:layers[-1].stop]]
+        super().__init__(units, input_shape=net.shape_before(start), num_classes=chain.num_classes, name=chain.name,
+                         init=chain.init_scheme)
+        self.num_layers = len(layers)
+        self._bounds = [(layer.start - start, layer.stop - start) for layer in layers]
+        self._heads = [layer.head for layer in layers]
+        for number, layer in enumerate(layers, start=first):
+            self.add_module(layer.head, net.head(number))
+
+    def run_layer(self, x: Tensor, number: int) -> Tensor:
+        """What layer ``number``, from 0, makes of what the one before puts out."""
+        return self.run(x, *self._bounds[number])
+
+    def run_head(self, x: Tensor, number: int) -> Tensor:
+        """Scores (batch, num_classes) from what layer ``number`` puts out."""
+        return self.get_submodule(self._heads[number])(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.run_head(self.run(x), -1)
 
 
 def _bounds(chain: Chain) -> list[tuple[int, int]]:
