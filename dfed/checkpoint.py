@@ -22,12 +22,12 @@ from typing import Annotated, Any, TypeVar
 import torch
 from pydantic import Field
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from dfed.errors import CheckpointError
 from dfed.settings import Settings
-from dfed.state import ServerState
+from dfed.state import ServerState, save_file
 
 __all__ = ["CheckpointSettings", "Saved", "client_versions", "latest", "latest_saved", "params_sha256", "save", "save_tensors"]
 

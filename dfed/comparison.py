@@ -101,7 +101,7 @@ def load_comparison(path: str | Path, overrides: Sequence[str] = (), *, strategi
     entries = _chosen(compare, strategies)
     if form is not None:
         entries = [(field, _without_own(entry, compare.quick)) for field, entry in entries]
-    entries = swept(entries, sweeps)
+    entries = swept(entries, sweeps, raw, faults)
     if not entries:
         faults.append(Fault("compare.strategies", "must be given, here or by --strategies, but is not."))
     if strategies is not None or sweeps:
@@ -111,7 +111,7 @@ def load_comparison(path: str | Path, overrides: Sequence[str] = (), *, strategi
     wanted, field = (wanted, field) if seeds is None else (seeds, "--seeds")
     numbers = _seeds(raw.get("seed", 0), wanted, field, faults)
     if faults:
-        raise ConfigError(faults)
+        raise ConfigError(list(dict.fromkeys(faults)))  # what a sweep gets wrong is so in each of its entries
     labels = tuple(configs)
     runs = [PlannedRun(label=label, seed=seed, config=replace(config, seed=seed))
             for seed in numbers for label, config in configs.items() if config is not None]

@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import dfed
@@ -31,7 +30,7 @@ from dfed.plan import Plan
 from dfed.planner.flops import flop_counter
 from dfed.report.folder import CHECKPOINTS
 from dfed.run import Prepared, Run, StopFlag, assemble, prepare
-from dfed.state import ServerState
+from dfed.state import ServerState, save_file
 
 __all__ = ["DESCRIPTION", "PROGRAM", "WEIGHTS", "Trained", "figures", "open_run", "sub_model", "write"]
 
@@ -148,7 +147,6 @@ def write(trained: Trained, variant: str | None, out: Path) -> dict[str, Any]:
             written = io.BytesIO()  # torch's own writer ends the process where the disk is full
             torch.export.save(program, written)
             (folder / PROGRAM).write_bytes(written.getvalue())
-            (folder / WEIGHTS).chmod((folder / PROGRAM).stat().st_mode)  # safetensors lets nobody else read what it writes
         except (OSError, RuntimeError, SafetensorError) as error:  # torch's writer raises RuntimeError
             raise DfedError(f"the export cannot be written to {out}: {error}") from error
         found = torch.export.load(folder / PROGRAM).module()

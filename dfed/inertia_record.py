@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 from collections.abc import Mapping
@@ -9,11 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from dfed.inertia import movement
-from dfed.state import ServerState
+from dfed.state import ServerState, save_file
 
 __all__ = ["REFERENCE", "InertiaRecord"]
 
@@ -69,6 +69,8 @@ class InertiaRecord:
                 os.fsync(file.fileno())
             partial.replace(self._path)
         except (OSError, SafetensorError) as error:
+            with contextlib.suppress(OSError):
+                partial.unlink()
             logger.warning("the reference model of the inertia cannot be written to %s (%s): values against it would not "
                            "survive an interruption", self._path, error)
 

@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 from torch import Tensor
 
 from dfed.errors import DfedError
 
-__all__ = ["ServerState", "as_saved"]
+__all__ = ["ServerState", "as_saved", "save_file"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,3 +58,19 @@ def as_saved(what: str, value: Mapping[str, Any]) -> dict[str, Any]:
         return dict(json.loads(json.dumps(dict(value), allow_nan=False)))
     except (TypeError, ValueError) as error:
         raise DfedError(f"{what} must be JSON values by name, but cannot be saved: {error}.") from error
+
+
+def save_file(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None) -> None:
+    """Write a safetensors file with the rights that any new file gets here; safetensors' own lets nobody else read it.
+
+    Args:
+        tensors: Contiguous, each with storage of its own.
+        metadata: Text that the file's header holds besides.
+
+    Raises:
+        OSError, SafetensorError: If the disk refuses it; what is at ``path`` then is not to be used.
+    """
+    path.touch()
+    mode = path.stat().st_mode
+    safetensors.torch.save_file(dict(tensors), path, metadata=None if metadata is None else dict(metadata))
+    path.chmod(mode)

@@ -4,10 +4,13 @@
 #   launch/local.sh CONFIG [key.sub=value …] [--out DIR | --resume DIR]
 #
 #   RANKS=3             processes here; of all machines together the first is the server
-#   RESTARTS=0          how often a job that has lost a rank is started again; with --out it then goes on by itself
+#   RESTARTS=0          how often a job that has lost a rank is started again; with --out it then goes on by itself. Not with NODES:
+#                       torchrun counts restarts machine by machine, and ranks that have not counted alike do not meet again
 #   LOGS=DIR            what every rank says, rank by rank (default: runs/logs/NAME-DATE-TIME); the console shows the first one
 #   NODES=1             machines; with more, call this on each of them
 #   ENDPOINT=HOST:PORT  with NODES: where they meet, the same on all, on one of them
+#
+# Paths, and the defaults runs/…, are seen from the folder that it is called in.
 set -euo pipefail
 # shellcheck source=launch/environment.sh
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
@@ -16,7 +19,6 @@ if [ $# -eq 0 ]; then
     exit 2
 fi
 use_environment ""
-cd "$ROOT"
 case $1 in
     -*) name=run ;; # --resume DIR
     *) name=$(basename "$1" .yaml) ;;

@@ -6,6 +6,7 @@ is computed; and they are added in the order of the mini-batches. So the result 
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -150,6 +151,16 @@ class Evaluator:
             skeleton.unload()
 
 
+class _NoScores(Exception):
+    """A model gives something else than a score for each class."""
+
+
+@functools.lru_cache(maxsize=64)
+def _say_left_out(why: str) -> None:
+    """Once for each reason."""
+    logger.warning("clients' own models are left out of the effectiveness where they cannot be tried: %s (said once)", why)
+
+
 @dataclass(frozen=True)
 class Trial:
     """Tries clients' own models, right after their training, on the same few held-out samples.
@@ -174,7 +185,7 @@ class Trial:
         def scores(x: Tensor) -> Tensor:
             found = model(x)
             if found.shape != (len(x), self.dataset.num_classes):
-                raise ValueError(f"scores must be of {self.dataset.num_classes} classes, but are of shape {tuple(found.shape)}")
+                raise _NoScores
             return found
 
         model.eval()
@@ -184,8 +195,10 @@ class Trial:
                 batches = [evaluate_batch(scores, self.dataset, number, batch_size=self.batch_size, device=self.device)
                            for number in range(num_batches)]
             return [int(number) for number in combine([batches]).correct]
+        except _NoScores:
+            return None
         except Exception as error:
-            logger.debug("a client's own model cannot be tried: %s: %s", type(error).__name__, error)
+            _say_left_out(f"{type(error).__name__}: {str(error).partition(chr(10))[0]}")
             return None
 
 

@@ -21,11 +21,11 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from dfed.client.forms import Form
 from dfed.errors import CheckpointError
+from dfed.state import save_file
 
 __all__ = ["CLIENTS", "ClientHome", "errors_of", "next_state", "own_state"]
 

@@ -19,7 +19,7 @@ from typing import Any
 
 from dfed.errors import ConfigError, Fault
 
-__all__ = ["adopt", "agree", "first_host", "follow_launcher", "is_orphaned", "without_launcher"]
+__all__ = ["adopt", "agree", "first_host", "follow_launcher", "is_orphaned", "meeting_port", "without_launcher"]
 
 _OWN = re.compile(
     "RANK|LOCAL_RANK|GROUP_RANK|ROLE_RANK|ROLE_NAME|WORLD_SIZE|LOCAL_WORLD_SIZE|GROUP_WORLD_SIZE|ROLE_WORLD_SIZE|MASTER_ADDR"
@@ -29,6 +29,9 @@ _MPI = (("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"), ("PMI_RANK", "PMI_SIZE
 _FIRST_SPECIAL_STEP = 0xFFFFFFF0  # numbers from here on are a job's batch script or interactive shell, not a step of srun's
 _FIRST_PORT, _NUM_PORTS, _STEP_STRIDE = 10_000, 20_000, 4_099  # below the ports that systems give to outgoing connections
 _PR_SET_PDEATHSIG = 1
+
+_RANGES = r"\[\w+(?:-\w+)?(?:,\w+(?:-\w+)?)*\]"
+_HOSTS = re.compile(rf"(?:[^\s,\[\]]|{_RANGES})+(?:,(?:[^\s,\[\]]|{_RANGES})+)*")  # gpu[03-05,9]-ib,login1
 
 _open_mpi: Any = None  # the module, from when this process has found its place through it until all agree
 _launcher_pid = 0
@@ -55,8 +58,8 @@ def adopt() -> None:
     if "RANK" in os.environ or "WORLD_SIZE" in os.environ:
         for name in ("RANK", "LOCAL_RANK"):
             _number(name, 0)
-        if "WORLD_SIZE" in os.environ:
-            _checked("RANK", "WORLD_SIZE", 0)
+        if "WORLD_SIZE" in os.environ and _checked("RANK", "WORLD_SIZE", 0).size > 1 and os.environ.get("MASTER_PORT"):
+            meeting_port()
         return
     slurm, mpi = _slurm(), _mpi()
     if mpi is not None and mpi.size > 1 and (slurm is None or (mpi.rank, mpi.size) != (slurm.rank, slurm.size)):
@@ -67,6 +70,18 @@ def adopt() -> None:
         return
     for name, value in found.items():
         os.environ.setdefault(name, str(value))
+
+
+def meeting_port() -> int:
+    """The port where the processes meet, from MASTER_PORT, which is set.
+
+    Raises:
+        ConfigError: If it is none.
+    """
+    text = os.environ["MASTER_PORT"]
+    if not (re.fullmatch(r"[0-9]{1,5}", text) and 1 <= int(text) <= 65_535):
+        raise ConfigError([Fault("MASTER_PORT", f"must be a port from 1 to 65535, but is {text!r}.")])
+    return int(text)
 
 
 def agree(ready: bool) -> tuple[int, ...]:
@@ -107,7 +122,7 @@ def without_launcher(environment: Mapping[str, str]) -> dict[str, str]:
 
 
 def first_host(nodes: str) -> str:
-    """The first host of a list as SLURM writes it: ``gpu[03-05,9]-ib,login1`` begins with ``gpu03-ib``."""
+    """The first host of a list as SLURM writes it: ``gpu[03-05,9]-ib,login1`` begins with ``gpu03-ib``. Not checked."""
     first = re.match(r"(?:[^,\[]|\[[^\]]*\])*", nodes)
     assert first is not None, "the pattern matches nothing, too"
     return re.sub(r"\[([^\],-]*)[^\]]*\]", r"\1", first[0])
@@ -155,10 +170,14 @@ def _meet_by_mpi(place: _Place) -> dict[str, Any]:
 
 def _meet_by_slurm(place: _Place) -> dict[str, Any]:
     names = ("SLURM_STEP_NODELIST", "SLURM_JOB_NODELIST", "SLURM_NODELIST")
-    nodes = next((os.environ[name] for name in names if os.environ.get(name)), None)
-    if nodes is None and "MASTER_ADDR" not in os.environ:
-        raise ConfigError([Fault(names[0], f"must be set beside {place.names[0]}, or MASTER_ADDR, but is not.")])
-    host = first_host(nodes or "")
+    name = next((name for name in names if os.environ.get(name)), names[0])
+    nodes = os.environ.get(name, "")
+    if not os.environ.get("MASTER_ADDR"):
+        if not nodes:
+            raise ConfigError([Fault(name, f"must be set beside {place.names[0]}, or MASTER_ADDR, but is not.")])
+        if not _HOSTS.fullmatch(nodes):
+            raise ConfigError([Fault(name, f"must be a list of hosts, such as 'gpu[03-05,9],login1', but is {nodes!r}.")])
+    host = first_host(nodes)
     # Another port for every job on a node, and for most steps of a job; all its processes work it out alike.
     port = _FIRST_PORT + (_number("SLURM_JOB_ID") + _STEP_STRIDE * _number("SLURM_STEP_ID")) % _NUM_PORTS
     return {"RANK": place.rank, "WORLD_SIZE": place.size, "LOCAL_RANK": _number("SLURM_LOCALID"),

@@ -5,6 +5,10 @@ from __future__ import annotations
 import datetime
 import os
 import platform
+import re
+import threading
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as NoResult
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -19,6 +23,8 @@ from dfed.errors import ConfigError, Fault, RankLost
 from dfed.settings import Settings
 
 __all__ = ["BackendSettings", "Link", "choose_device", "join", "launched_size", "local_rank"]
+
+_GREETING_S = 2.0  # how much longer than its timeout torch's client is given before it is left to itself
 
 
 class BackendSettings(Settings):
@@ -115,21 +121,43 @@ def choose_device(settings: BackendSettings) -> torch.device:
 def _meet(timeout_s: float) -> tuple[dist.Store, int]:
     """The store where all ranks sign in, and the number of this one."""
     faults = [Fault(name, "must be set where several processes are started (WORLD_SIZE), but is not.")
-              for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+              for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
     if faults:
         raise ConfigError(faults)
+    rank, port = int(os.environ["RANK"]), launcher.meeting_port()
     timeout = datetime.timedelta(seconds=timeout_s)
-    where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']} (MASTER_ADDR, MASTER_PORT)"
+    where = f"{os.environ['MASTER_ADDR']}:{port} (MASTER_ADDR, MASTER_PORT)"
     try:
-        store, rank, _ = next(dist.rendezvous("env://", timeout=timeout))
-    except dist.DistError as error:
+        store = _rendezvous(timeout).result(timeout_s + _GREETING_S)
+    except (dist.DistError, NoResult) as error:
         if "EADDRINUSE" in str(error):
-            message = f"must be a port that is free on {os.environ['MASTER_ADDR']}, but {os.environ['MASTER_PORT']} is in use."
+            message = f"must be a port that is free on {os.environ['MASTER_ADDR']}, but {port} is in use."
             raise ConfigError([Fault("MASTER_PORT", message)]) from error
-        rank = os.environ["RANK"]
-        raise RankLost(f"rank {rank} could not reach rank 0 at {where} within {timeout_s:g} s: {error}", (0,)) from error
+        why = _said(error) or "nothing there answers as rank 0 would"
+        raise RankLost(f"rank {rank} could not reach rank 0 at {where} within {timeout_s:g} s: {why}", (0,)) from error
     store.set_timeout(timeout)
     return store, rank
+
+
+def _rendezvous(timeout: datetime.timedelta) -> Future[dist.Store]:
+    """The store, when it is connected. In a thread that no one need wait for: where something else listens at the address and
+    says nothing, torch's client waits for its greeting without end."""
+    found: Future[dist.Store] = Future()
+
+    def connect() -> None:
+        try:
+            # For a job of one, as rank 0 would wait here for the others, and could not tell which of them are missing.
+            found.set_result(next(dist.rendezvous("env://", world_size=1, timeout=timeout))[0])
+        except BaseException as error:
+            found.set_exception(error)
+
+    threading.Thread(target=connect, name="rendezvous", daemon=True).start()
+    return found
+
+
+def _said(error: BaseException) -> str:
+    """The words of an error of torch's, without the C++ frames that it was raised in."""
+    return re.split(r"Exception raised from|frame #", str(error))[0].strip()
 
 
 def _missing(store: dist.Store, rank: int, size: int, timeout_s: float) -> RankLost:

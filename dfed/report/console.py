@@ -71,7 +71,8 @@ class Console(Screen):
         say = self._say
         config, transport, fleet = self._config, self._link.transport, self._job.fleet
         num_params = sum(_size(shape) for name, shape in self._job.shapes.items() if name not in self._job.buffers)
-        say(f"dfed: {config.strategy.name}, {config.model.name} ({num_params:,} parameters), {config.data.dataset}, "
+        strategy = " in ".join([config.strategy.name, *(wrap.name for wrap in config.wrap)])
+        say(f"dfed: {strategy}, {config.model.name} ({num_params:,} parameters), {config.data.dataset}, "
             f"{fleet.num_clients:,} clients, cohort {config.cohort}, rounds {config.rounds}")
         say(f"ranks: 1 server and {len(transport.client_ranks)} client, on {self._link.device}; backend "
             f"{self._link.backend}: {self._link.reason}; memory.enforce: {config.memory.enforce}")

@@ -12,23 +12,25 @@ model and M_c keeps, of each eligible tensor of n entries, the ⌊d · n⌋ with
 of the last mini-batch that it took (``gradient``), |W̄| (``magnitude``), −|W̄| (``low``), or one drawn (``random``). Of equal
 scores the first entry counts.
 
-Eligible: convolutions, but not the first; in chains that have none beside the first, such as transformers, all matrices but
-those of the first unit and of the classifier. Of those a client masks what it trains: what is frozen could not grow again.
+Eligible are the matrices of the units between the first that has any and the last: if some of these units hold convolutions, of
+those only. Of these a client masks what it trains: what is frozen could not grow again.
 
 Ours: ``masks: shared``: all clients start from one mask, made by the server; a sparse round's download then is sparse on the
-wire (values, and a bit for each entry). Its ``gradient`` is the last round's change of the global model. ``fill: initial``:
-what is dropped takes its first value instead of 0. ``norms: local``: clients keep norms (parameters and statistics) for
-themselves; the server's mean serves evaluation only. ``control``: instead of masking, ``noise`` adds Gaussian noise, and
-``shrink`` multiplies by a factor s, each tensor by as much as masking would change it: ‖noise‖ = ‖W̄ − M ⊙ W̄‖,
-‖s · W̄‖ = ‖M ⊙ W̄‖.
+wire (values, and a bit for each entry). Its ``gradient`` is the last round's change of the global model; what did not change is
+not masked. ``fill: initial``: what is dropped takes its first value instead of 0. ``norms: local``: clients keep norms
+(parameters and statistics) for themselves; the server's mean is what newcomers and evaluations take. ``control``: instead of
+masking, ``noise`` adds Gaussian noise, and ``shrink`` multiplies by a factor s, each tensor by as much as masking would change
+it: ‖noise‖ = ‖W̄ − M ⊙ W̄‖, ‖s · W̄‖ = ‖M ⊙ W̄‖.
 
 Deviations: who has no gradient yet, as it takes part for the first time, starts from W̄. Gradients are as the optimiser took
-them, after clipping. T is by default the number of rounds of the run.
+them, after clipping. T is by default the number of rounds of the run. Terms that hold clients to the global model (FedProx,
+NeuLite) hold them to W̄, as it was before masking.
 """
 
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Iterable, Mapping, MutableMapping
 from dataclasses import replace
 from typing import Annotated, Any, Literal
@@ -36,21 +38,22 @@ from typing import Annotated, Any, Literal
 import torch
 from pydantic import Field
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
 
 from dfed import rng
+from dfed.blocks import inner_matrices, norm_tensors, top_mask
 from dfed.errors import ConfigError, Fault
-from dfed.models import Chain, materialise
+from dfed.models import materialise
 from dfed.models.layers import Count
 from dfed.plan import Plan
 from dfed.state import ServerState
 from dfed.strategies.base import Candidate, PlannerView, Strategy
 from dfed.strategies.wrapper import Wrapper
 
-__all__ = ["Lips", "eligible_tensors", "top_mask"]
+__all__ = ["Lips"]
+
+logger = logging.getLogger(__name__)
 
 _OWN = "lips/"
-_NORMS = (_NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
 
 
 class Lips(Wrapper):
@@ -74,7 +77,7 @@ class Lips(Wrapper):
         super().__init__(inner)
         self.density, self.period, self.rounds = density, period, rounds or inner.problem.rounds
         self.score, self.masks, self.fill, self.norms, self.control = score, masks, fill, norms, control
-        self.eligible = eligible_tensors(inner.problem.chain)
+        self.eligible = inner_matrices(inner.problem.chain)
         self._blocks = {inner.splitting.block_of(name) for name in self.eligible}
         self._tensors = dict(inner.problem.chain.named_parameters())
         self._norms = norm_tensors(inner.problem.chain) if norms == "local" else frozenset()
@@ -85,8 +88,9 @@ class Lips(Wrapper):
     def _check(self) -> None:
         faults = []
         if not self.eligible:
-            message = "must be left out for this model, which has no layer between the first and the classifier to mask."
-            faults.append(Fault("lips", message))
+            message = ("must be left out for this model, which has neither a convolution but the first, nor a linear layer "
+                       "between the first and the last.")
+            faults.append(Fault("wrap.lips", message))
         for name, value, plain in (("fill", self.fill, "zero"), ("control", self.control, "none")):
             if self.masks == "shared" and value != plain:
                 message = f"must be '{plain}' with `masks: shared`, where the server sends what is kept, but is '{value}'."
@@ -95,11 +99,21 @@ class Lips(Wrapper):
             faults.append(Fault("fill", f"must be 'zero' with `control: {self.control}`, which drops nothing, but is "
                                         f"'{self.fill}'."))
         if (self._keeps_gradient or self._norms) and not _holds_whole_tensors(self.inner):
-            field, value = ("score", self.score) if self._keeps_gradient else ("norms", self.norms)
-            faults.append(Fault(field, f"must be another around a strategy whose clients hold parts of tensors, which differ "
-                                       f"from turn to turn, but is '{value}'."))
+            why = "around a strategy whose clients hold parts of tensors, which differ from turn to turn, but is"
+            faults += [Fault("score", f"must be magnitude, low or random {why} 'gradient'.")] * self._keeps_gradient
+            faults += [Fault("norms", f"must be 'global' {why} 'local'.")] * bool(self._norms)
         if faults:
             raise ConfigError(faults)
+
+    def init(self, params: Mapping[str, Tensor]) -> ServerState:
+        share = sum(self._tensors[name].numel() for name in self.eligible) / sum(map(Tensor.numel, self._tensors.values()))
+        is_sparse = any(self.density_at(done) < 1 for done in range(self.inner.problem.rounds))
+        logger.info("lips masks %d tensors with %.1f %% of the parameters, in units %s to %s", len(self.eligible), 100 * share,
+                    self.eligible[0].partition(".")[0], self.eligible[-1].partition(".")[0])
+        if not is_sparse:
+            logger.warning("lips masks nothing in this run, as no round of it is sparse (`wrap.lips.period` %d, `rounds` %d)",
+                           self.period, self.inner.problem.rounds)
+        return super().init(params)
 
     def density_at(self, round_index: int) -> float:
         """d of the round that begins when so many are done."""
@@ -111,21 +125,25 @@ class Lips(Wrapper):
         return None
 
     def plan(self, state: ServerState, candidate: Candidate) -> Plan | None:
-        dress = functools.partial(self._dressed, round_index=state.round_index)
+        dress = functools.partial(self._dressed, state=state)
         plan = self.inner.plan(state, replace(candidate, planner=_Dressing(candidate.planner, dress)))
         return None if plan is None else dress(plan)
 
-    def _dressed(self, plan: Plan, *, round_index: int) -> Plan:
+    def _dressed(self, plan: Plan, *, state: ServerState) -> Plan:
         """The plan, with what is different in this round."""
-        density = self.density_at(round_index)
+        round_index, density = state.round_index, self.density_at(state.round_index)
         if self.masks == "shared" and density < 1:
-            whole = set(plan.train) - {self.splitting.block_of(name) for name in self.eligible if not self._goes_up(name, plan)}
+            whole = set(plan.train) - {self.splitting.block_of(name) for name in self.eligible
+                                       if not (self._goes_up(name, plan) and self._is_scored(name, state))}
             plan = replace(plan, down={**{block: _codec(density) for block in plan.train if block in self._blocks & whole},
                                        **plan.down})
-        if self.masks == "shared" and not self._norms:
+        if self.masks == "shared":
             return plan
-        told = {"density": density, "round": round_index} if density < 1 and self.masks == "client" else {"density": 1.0}
-        return replace(plan, options={**plan.options, "lips": self.masks}, details={**plan.details, "lips": told})
+        return replace(plan, details={**plan.details, "lips": {"density": density, "round": round_index if density < 1 else 0}})
+
+    def _is_scored(self, name: str, state: ServerState) -> bool:
+        """Whether there is something to choose its entries by: with ``gradient``, if it moved in the last round."""
+        return self.score != "gradient" or _OWN + name in state.tensors
 
     def _goes_up(self, name: str, plan: Plan) -> bool:
         """Whether the client trains this tensor of the chain: of a block it may be that only a part is trained."""
@@ -136,7 +154,8 @@ class Lips(Wrapper):
 
     def sent(self, state: ServerState, name: str, codec: str) -> Tensor:
         value, density = self.inner.sent(state, name, codec), self.density_at(state.round_index)
-        if self.masks == "client" or density == 1 or name not in self.eligible or codec != _codec(density):
+        if (self.masks == "client" or density == 1 or name not in self.eligible or codec != _codec(density)
+                or not self._is_scored(name, state)):
             return value
         gradient = state.tensors.get(_OWN + name)
         generator = rng.torch_generator(self.problem.seed, "lips", state.round_index, name)
@@ -155,9 +174,8 @@ class Lips(Wrapper):
 
     def receive(self, model: nn.Module, client_state: MutableMapping[str, Tensor], plan: Plan) -> None:
         own = {name.removeprefix(_OWN): client_state.pop(name) for name in list(client_state) if name.startswith(_OWN)}
-        if "lips" in plan.options:
-            self._prepare(model, own, plan)
-        self.inner.receive(model, client_state, plan)
+        self.inner.receive(model, client_state, plan)  # first: what it holds on to is the global model
+        self._prepare(model, own, plan)
 
     @torch.no_grad()
     def _prepare(self, model: nn.Module, own: MutableMapping[str, Tensor], plan: Plan) -> None:
@@ -165,12 +183,15 @@ class Lips(Wrapper):
         tensors = dict(model.state_dict(keep_vars=True))
         for name in self._norms & own.keys():
             tensors[name].copy_(own.pop(name))
-        # A plan without details is one whose memory is predicted: with gradients, in a sparse round.
-        told = plan.details.get("lips", {"density": self.density, "round": 0})
+        if self.masks == "shared":
+            return
         names = [name for name in self.eligible if name in tensors and tensors[name].requires_grad]
-        if "lips" not in plan.details and self._keeps_gradient:
-            own = {name: torch.zeros_like(tensors[name], requires_grad=False) for name in names}
-        if self.masks == "shared" or told["density"] == 1:
+        told = plan.details.get("lips")
+        if told is None:  # the plan's memory is predicted: with gradients, in a sparse round
+            told = {"density": self.density, "round": 0}
+            if self._keeps_gradient:
+                own = {name: torch.zeros_like(tensors[name], requires_grad=False) for name in names}
+        if told["density"] == 1:
             return
         for name in names:
             value, gradient = tensors[name], own.pop(name, None)
@@ -185,6 +206,8 @@ class Lips(Wrapper):
         if self.control == "none":
             if self.fill == "zero":
                 return _masked(value, mask, 0.0)
+            if "lips" not in plan.details:  # predicted: the first values would be as large as these
+                return _masked(value, mask, torch.empty_like(value))
             first = self._initial[name]
             return _masked(value, mask, self.region(name, tuple(first.shape), plan).view(first).to(value.device))
         kept = _masked(value, mask, 0.0)
@@ -201,7 +224,7 @@ class Lips(Wrapper):
             score = torch.empty_like(value).uniform_(generator=generator)
         else:
             score = value.abs().neg_() if self.score == "low" else value.abs()
-        return top_mask(score, kept_of(density, value.numel()))
+        return top_mask(score, min(value.numel(), int(density * value.numel() + 1e-9)))  # whatever the product's rounding
 
     def remember(self, model: nn.Module, client_state: Mapping[str, Tensor], plan: Plan) -> Mapping[str, Tensor]:
         kept = dict(self.inner.remember(model, client_state, plan)) if self.inner.keeps_state else {}
@@ -217,8 +240,8 @@ class Lips(Wrapper):
         others = {name: value for name, value in new.tensors.items() if not name.startswith(_OWN)}
         if self.masks == "client" or self.score != "gradient" or self.density_at(new.round_index) == 1:
             return new if len(others) == len(new.tensors) else replace(new, tensors=others)
-        change = {_OWN + name: new.params[name] - old.params[name] for name in self.eligible}
-        return replace(new, tensors={**others, **change})
+        changes = {_OWN + name: new.params[name] - old.params[name] for name in self.eligible}
+        return replace(new, tensors={**others, **{name: change for name, change in changes.items() if change.any()}})
 
     def note(self, state: ServerState) -> Mapping[str, Any]:
         return {**self.inner.note(state), "density": self.density_at(state.round_index - 1) if state.round_index else 1.0}
@@ -242,37 +265,6 @@ class _Dressing(PlannerView):
 
     def cost(self, plan: Plan) -> Any:
         return self._planner.cost(self._dress(plan))
-
-
-def eligible_tensors(chain: Chain) -> tuple[str, ...]:
-    """Names of the parameters that may be masked: see the module's text. Of shape (out, in, …)."""
-    matrices = [(name, parameter) for name, parameter in chain.named_parameters() if parameter.dim() >= 2]
-    units = list(dict.fromkeys(chain.unit_of(name) for name, _ in matrices))
-    inner = [(name, parameter) for name, parameter in matrices if chain.unit_of(name) in units[1:-1]]
-    with_convolutions = {chain.unit_of(name) for name, parameter in inner if parameter.dim() == 4}
-    return tuple(name for name, _ in inner if not with_convolutions or chain.unit_of(name) in with_convolutions)
-
-
-def norm_tensors(chain: Chain) -> frozenset[str]:
-    """Names of the parameters and floating-point buffers of all norms."""
-    return frozenset(f"{prefix}.{name}" for prefix, module in chain.named_modules() if isinstance(module, _NORMS)
-                     for name, tensor in module.state_dict().items() if tensor.is_floating_point())
-
-
-def kept_of(density: float, total: int) -> int:
-    """``⌊density · total⌋``, not misled by the rounding of the product."""
-    return min(total, int(density * total + 1e-9))
-
-
-def top_mask(score: Tensor, kept: int) -> Tensor:
-    """Where the ``kept`` largest entries of ``score`` are; of equal ones those that come first. bool, of the same shape."""
-    flat = score.flatten()
-    if kept == 0:
-        return torch.zeros_like(score, dtype=torch.bool)
-    least = flat.topk(kept, sorted=False).values.amin()
-    above, ties = flat > least, flat == least
-    first = ties.cumsum(0, dtype=torch.int32) <= kept - above.sum()
-    return (above | (ties & first)).view(score.shape)
 
 
 def _masked(value: Tensor, mask: Tensor, other: Tensor | float) -> Tensor:

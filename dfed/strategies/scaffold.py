@@ -69,7 +69,7 @@ class Scaffold(Strategy):
             if own is not None:
                 correction.sub_(own.to(correction.device))
             means[name] = torch.zeros_like(parameter, requires_grad=False)
-            parameter.register_hook(_Corrected(correction, means[name]))
+            parameter.register_post_accumulate_grad_hook(_Corrected(correction, means[name]))
         model.gradient_means = means  # type: ignore[assignment]
 
     def remember(self, model: nn.Module, client_state: Mapping[str, Tensor], plan: Plan) -> Mapping[str, Tensor]:
@@ -86,7 +86,7 @@ class Scaffold(Strategy):
 
 
 class _Corrected:
-    """Hook of a parameter's gradient: takes it into the mean over the steps, and corrects it.
+    """Hook of a parameter that has its gradient: takes it into the mean over the steps, and corrects it in place.
 
     Args:
         correction: c − c_i.
@@ -96,10 +96,11 @@ class _Corrected:
     def __init__(self, correction: Tensor, mean: Tensor):
         self._correction, self._mean, self._steps = correction, mean, 0
 
-    def __call__(self, gradient: Tensor) -> Tensor:
+    def __call__(self, parameter: Tensor) -> None:
+        assert parameter.grad is not None, "it was just accumulated"
         self._steps += 1
-        self._mean.lerp_(gradient, 1 / self._steps)
-        return gradient + self._correction
+        self._mean.lerp_(parameter.grad, 1 / self._steps)
+        parameter.grad.add_(self._correction)
 
 
 class _Control(nn.Module):

@@ -18,21 +18,29 @@ export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${STOP_S:-240}
 cd "$root"
 
 # run_or_requeue COMMAND…   Runs it. On SIGUSR1, which SLURM sends before the time limit (--signal), it is asked to stop in order,
-# and then the job goes back into the queue; else its exit status is that of the job.
+# and then the job goes back into the queue. So it does if the command fails, as often as RETRIES says (default: 0). Else the
+# command's exit status is that of the job.
 run_or_requeue() {
-    local pid status=0
+    local pid status=0 job=$SLURM_JOB_ID
+    # The number of one task of an array may be that of the whole array, too.
+    if [ -n "${SLURM_ARRAY_TASK_ID:-}" ]; then
+        job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID
+    fi
     stopping=no
     "$@" &
     pid=$!
     # Not to srun, which would kill its tasks instead of passing the signal on.
-    trap 'stopping=yes; scancel --signal=TERM "$SLURM_JOB_ID" || true' USR1
+    trap 'stopping=yes; scancel --signal=TERM "$job" || true' USR1
     while kill -0 "$pid" 2>/dev/null; do
         wait "$pid" || true # a signal ends the wait, not the command
     done
     wait "$pid" || status=$?
     if [ "$stopping" = yes ] && [ "$status" != 0 ]; then
         echo "stopped before the time limit; back into the queue"
-        scontrol requeue "$SLURM_JOB_ID"
+        scontrol requeue "$job"
+    elif [ "$status" != 0 ] && [ "${SLURM_RESTART_COUNT:-0}" -lt "${RETRIES:-0}" ]; then
+        echo "failed with status $status; back into the queue, to go on from the last checkpoint"
+        scontrol requeue "$job"
     fi
     return "$status"
 }

@@ -6,7 +6,7 @@ import shutil
 import signal
 
 import pytest
-from jobs import Job, poll, rounds_of, run_cli, summary
+from jobs import Job, poll, rounds_of, rows, run_cli, run_several, summary
 
 BROKEN = 1
 
@@ -104,3 +104,21 @@ def test_a_signal_before_the_first_round_ends_the_process_at_once(config, tmp_pa
         assert job.wait() == -signal.SIGTERM  # to a shell: 143
         job.assert_gone()
     assert not folder.exists()
+
+
+def test_what_methods_hold_besides_the_model_is_predicted(config, tmp_path):
+    """Where one tensor is nearly all of the model: what masks, controls and variates take is no less than they are said to."""
+    own = ["rounds=2", "strategy=exclusivefl", "model.hidden=[1200,1200]", "client={batch_size: 4, learning_rate: 0.01, steps: 2}",
+           "fleet.tiers.0.memory=100MB"]
+    lips = "wrap.lips={{period: 1, score: {score}, control: {control}, fill: {fill}}}"
+    runs = {"gradient": [lips.format(score="gradient", control="none", fill="zero"), "fleet.clients=2"],
+            "initial": [lips.format(score="low", control="none", fill="initial")],
+            "noise": [lips.format(score="random", control="noise", fill="zero")],
+            "scaffold": ["strategy=scaffold"]}
+    run_several([[config, *own, *words, "--out", tmp_path / name] for name, words in runs.items()], tmp_path, ranks=1)
+    for name in runs:
+        clients = [row for row in rows(tmp_path / name) if row["kind"] == "client"]
+        assert {row["status"] for row in clients} == {"completed"}
+        # 12 MiB is what libraries may take beside tensors, here a tenth of it at most.
+        last = [row for row in clients if row["round"] == 1]
+        assert all(abs(row["peak_bytes"] - row["predicted_bytes"]) < 2 * 2**20 for row in last), (name, last)

@@ -5,6 +5,7 @@ import re
 import shlex
 import signal
 import socket
+import subprocess
 import sys
 from pathlib import Path
 
@@ -54,6 +55,18 @@ def test_one_machine(environment, long_config, same_as_undisturbed, tmp_path):
     # No temporary files but torch's own cache.
     left = {path.name for path in tmp_path.iterdir() if not path.name.startswith("torchinductor_")}
     assert left == {"usage", "log", "logs", "run", "venv"}
+
+
+def test_paths_are_seen_from_the_folder_it_is_called_in(environment, tmp_path):
+    torchrun = tmp_path / "venv" / "bin" / "torchrun"
+    torchrun.write_text('#!/bin/sh\npwd\necho "$@"\n')
+    for variables, logs in (({"LOGS": "mine"}, "mine"), ({}, "runs/logs/my-*")):
+        done = subprocess.run([ROOT / "launch" / "local.sh", "my.yaml", "--out", "there"], cwd=tmp_path, timeout=ENDS_S,
+                              env={**os.environ, **environment, **variables}, capture_output=True, text=True, check=True)
+        where, said = done.stdout.splitlines()[-2:]  # after the word about installing
+        assert where == str(tmp_path)
+        assert said.endswith("-m dfed run my.yaml --out there")
+        assert len(list(tmp_path.glob(logs))) == 1
 
 
 def two_machines(arguments, environment, tmp_path):

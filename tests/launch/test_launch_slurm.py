@@ -120,15 +120,18 @@ def test_a_job_on_two_nodes_is_stopped_before_its_time_is_up_and_goes_on_by_itse
 
 
 def test_an_array_fills_the_folder_of_one_comparison(cluster, tmp_path):
+    """Of its jobs one is stopped before its time is up, and it alone goes back into the queue."""
     config, out = tmp_path / "c.yaml", tmp_path / "out"
     config.write_text(COMPARISON, encoding="utf-8")
-    command = ["compare", config, "--seeds", "2"]
+    words = [config, "rounds=600", "checkpoint.every=200", "--seeds", "2"]
+    command = ["compare", *words]
     assert run_cli([*command, "--list"], tmp_path / "list") == 0
     assert (tmp_path / "list").read_text().splitlines() == ["1 fedavg-s3", "2 fedavg-s4"]
-    job = cluster.submit("--array=1-2", f"--output={tmp_path}/%a.log", SLURM / "array.sbatch", config, "--seeds", "2",
-                         OUT=str(out))
-    for task in (1, 2):
-        cluster.wait(f"{job}_{task}", tmp_path / f"{task}.log")
+    job = cluster.submit("--array=1-2", f"--output={tmp_path}/%a.log", SLURM / "array.sbatch", *words, OUT=str(out))
+    poll(lambda: (out / "runs" / "fedavg-s4" / "metrics.jsonl").exists(), "the second run does not begin")
+    cluster("scancel", "--signal=USR1", "--batch", f"{job}_2")
+    states = [cluster.wait(f"{job}_{task}", tmp_path / f"{task}.log") for task in (1, 2)]
+    assert [state["Restarts"] for state in states] == ["0", "1"]
     assert run_cli([*command, "--out", out, "--report"], tmp_path / "report") == 0, (tmp_path / "report").read_text()
     rows = list(csv.DictReader((out / "comparison.csv").read_text(encoding="utf-8").splitlines()))
     assert [(row["seed"], row["state"]) for row in rows] == [("3", "finished"), ("4", "finished")]

@@ -62,6 +62,7 @@ def test_what_is_read_is_what_was_written_to_the_bit(tmp_path):
     assert path == tmp_path / "made" / "here" / "round_000042"
     assert _names(path.parent) == ["round_000042"]
     assert _names(path) == ["state.json", "state.safetensors"]
+    assert len({file.stat().st_mode for file in path.iterdir()}) == 1
     read = latest(path.parent, "print")
     _assert_same(read, state)
     assert params_sha256(read.params) == params_sha256(state.params)

@@ -309,6 +309,9 @@ def test_a_sweep_makes_an_entry_of_each_value(tmp_path):
     found = {run.label: run.config.strategy.options["mu"] for run in mus.runs}
     assert found == {"fedprox-mu0.1": 0.1, "fedprox-mu0.2": 0.2}
     assert load(tmp_path, "model.hidden=[8, 4]", compare=SWEPT).labels == ("fedavg", "fedprox")
+    both = load(tmp_path, "client.learning_rate=0.1,0.2", "server.optimizer.learning_rate=1.0,0.5",
+                "server.optimizer={name: sgd}", compare=SWEPT)
+    assert both.labels[0] == "fedavg-client.learning_rate0.1-optimizer.learning_rate1.0"
     quick = load(tmp_path, "client.learning_rate=0.1,0.2", compare=SWEPT, quick=True)
     assert [(run.config.client.learning_rate, run.config.rounds) for run in quick.runs] == [(0.1, 1), (0.2, 1)] * 2
     assert [run.config.strategy.options.get("mu") for run in quick.runs] == [None, None, 0.75, 0.75]
@@ -321,6 +324,10 @@ def test_a_sweep_makes_an_entry_of_each_value(tmp_path):
     ("compare.seeds=1,2", "`compare.seeds` must be one value, as it belongs to the comparison as a whole, but is '1,2'."),
     ("client.learning_rate=0.1,0.1", "`client.learning_rate` must have different values, but is '0.1,0.1'."),
     ("client.learning_rate=0.1,-1", "`client.learning_rate` must be greater than 0, but is -1."),
+    ("strategy=fedavg,fedprox", "`strategy` must be one value, as it has an option of its own, --strategies, but is "
+                                "'fedavg,fedprox'."),
+    ("client.learning_rate=0.1,,1", "`client.learning_rate` must have no empty value, but is '0.1,,1'."),
+    ("client.learning_rate=0.1,", "`client.learning_rate` must have no empty value, but is '0.1,'."),
     ("client.learning_rat=0.1,1", "`client.learning_rat` is not a setting"),
     ("strategy.mu=0.1,1", "`compare.strategies[0].mu` is not a setting"),
     ("client.batch_size=" + ",".join(map(str, range(1, 1002))), "at most 1000 combinations, but there are 1001."),
@@ -328,6 +335,22 @@ def test_a_sweep_makes_an_entry_of_each_value(tmp_path):
 def test_what_is_wrong_with_a_sweep_is_said(tmp_path, override, fault):
     found = faults_of(tmp_path, override, compare=SWEPT)
     assert any(fault in each for each in found), found
+
+
+WRAPPED = {"strategies": ["fedavg", {"name": "fedavg", "label": "lips", "settings": {"wrap": {"lips": {"control": "noise"}}}}],
+           "seeds": 1}
+
+
+def test_a_sweep_leaves_the_rest_of_a_group_alone(tmp_path):
+    model = {"name": "mlp", "hidden": [4, 4]}
+    comparison = load(tmp_path, "wrap.lips.density=0.3,0.5", compare=WRAPPED, model=model, strategies=["lips"])
+    found = [run.config.wrap[0].options for run in comparison.runs]
+    assert [(options["density"], options["control"]) for options in found] == [(0.3, "noise"), (0.5, "noise")]
+    (fault,) = faults_of(tmp_path, "wrap.lips.density=0.3,0.5", compare=WRAPPED, model=model)
+    assert fault == ("`wrap.lips.density` must be a setting of all the entries, but fedavg would get a `wrap.lips` that there "
+                     "is none of: choose the others by --strategies.")
+    whole = load(tmp_path, "wrap={lips: {density: 0.3}},{}", compare=WRAPPED, model=model, strategies=["lips"])
+    assert [len(run.config.wrap) for run in whole.runs] == [1, 0]
 
 
 def test_one_setting_is_swept_once(tmp_path):

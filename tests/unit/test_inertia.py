@@ -147,6 +147,9 @@ def test_the_reference_is_taken_once_and_survives_an_interruption(tmp_path, capl
     saved = load_file(tmp_path / REFERENCE)
     assert saved.keys() == UNITS.keys()
     assert all(torch.equal(value, model(2)[name]) for name, value in saved.items())
+    (tmp_path / "other").touch()
+    assert (tmp_path / REFERENCE).stat().st_mode == (tmp_path / "other").stat().st_mode
+    (tmp_path / "other").unlink()
     assert [path.name for path in tmp_path.iterdir()] == [REFERENCE]
     # Gone on with after the reference round, and exactly there; then from before it, where another model becomes it.
     assert record(tmp_path, 3, 3).measure(state(3, 3), state(4, 4), sent) == rows[3]

@@ -36,6 +36,8 @@ def test_what_is_read_is_what_was_written(tmp_path):
     home.save(3, 7, tensors(2))  # the round is done again
     assert same(home.load(3, 7), tensors(2))
     assert [path.name for path in (tmp_path / "clients" / "000003").iterdir()] == ["000007.safetensors"]
+    (tmp_path / "other").touch()
+    assert home.path(3, 7).stat().st_mode == (tmp_path / "other").stat().st_mode
     home.save(1_234_567, 8, {})
     assert home.load(1_234_567, 8) == {}
 

@@ -43,6 +43,7 @@ def test_a_process_that_is_alone_stays_so(environment):
     assert environment({**SLURM, "SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "1"}) == alone
     # The shell of a job: of sbatch, and of salloc, which is a step with a number of its own kind.
     assert environment({**SLURM, "SLURM_STEP_ID": ""}) == alone
+    assert environment({**SLURM, "SLURM_STEP_ID": "batch"}) == alone
     assert environment({name: value for name, value in SLURM.items() if "STEP" not in name}) == alone
     assert environment({**SLURM, "SLURM_STEP_ID": "4294967290"}) == alone
 
@@ -62,6 +63,8 @@ def test_steps_and_jobs_of_slurm_meet_at_different_places(environment):
     assert all(10_000 <= int(port) < 30_000 for port in ports)
     assert environment({**SLURM, "SLURM_STEP_NODELIST": "node7"})[3] == "127.0.0.1"  # one node needs no name
     assert environment({**SLURM, "MASTER_ADDR": "ib0", "MASTER_PORT": "7"})[3:] == ("ib0", "7")
+    assert environment({**SLURM, "MASTER_ADDR": "ib0", "SLURM_STEP_NODELIST": "a[1-"})[3] == "ib0"  # which nobody needs then
+    assert environment({**SLURM, "SLURM_STEP_NODELIST": "r[1-2]n[3,5],x"})[3] == "r1n3"
     without_step = {name: value for name, value in SLURM.items() if name not in ("SLURM_STEP_NODELIST", "SLURM_STEP_NUM_TASKS")}
     assert environment(without_step)[3] == "gpu01-ib"
 
@@ -78,10 +81,16 @@ def test_the_first_host_of_a_list(nodes, first):
     ({"RANK": "4", "WORLD_SIZE": "4"}, "`RANK` must be at least 0 and less than `WORLD_SIZE` (4), but is 4."),
     ({"RANK": "x"}, "`RANK` must be a whole number, as launchers set it, but is 'x'."),
     ({"WORLD_SIZE": "2", "LOCAL_RANK": "-1"}, "`LOCAL_RANK` must be a whole number"),
+    ({"WORLD_SIZE": "2", "MASTER_PORT": "99999"}, "`MASTER_PORT` must be a port from 1 to 65535, but is '99999'."),
     ({"OMPI_COMM_WORLD_RANK": "1"}, "`OMPI_COMM_WORLD_SIZE` must be a whole number, as launchers set it, but is not set."),
     ({"PMI_SIZE": "3", "PMI_RANK": "3"}, "`PMI_RANK` must be at least 0 and less than `PMI_SIZE` (3), but is 3."),
     ({**SLURM, "SLURM_PROCID": "8"}, "`SLURM_PROCID` must be at least 0 and less than `SLURM_STEP_NUM_TASKS` (8), but is 8."),
     ({**SLURM, "SLURM_STEP_NODELIST": "", "SLURM_JOB_NODELIST": ""}, "`SLURM_STEP_NODELIST` must be set beside SLURM_PROCID"),
+    ({**SLURM, "SLURM_STEP_NODELIST": "a[1-"}, "`SLURM_STEP_NODELIST` must be a list of hosts, such as "
+                                              "'gpu[03-05,9],login1', but is 'a[1-'."),
+    ({**SLURM, "SLURM_STEP_NODELIST": "", "SLURM_JOB_NODELIST": "a,,b"}, "`SLURM_JOB_NODELIST` must be a list of hosts"),
+    ({**SLURM, "SLURM_STEP_NODELIST": "a[]"}, "but is 'a[]'."),
+    ({**SLURM, "SLURM_STEP_NODELIST": "a b"}, "but is 'a b'."),
 ])
 def test_what_contradicts_itself_is_refused(environment, variables, message):
     with pytest.raises(ConfigError) as refused:
@@ -122,6 +131,10 @@ def test_where_ranks_cannot_meet(monkeypatch):
         join(settings, device)
     assert len(refused.value.faults) == 2
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    for wrong in ("abc", "0", "99999", "-1", "1.5"):
+        monkeypatch.setenv("MASTER_PORT", wrong)
+        with pytest.raises(ConfigError, match=rf"`MASTER_PORT` must be a port from 1 to 65535, but is '{wrong}'\."):
+            join(settings, device)
     with socket.socket() as taken:
         taken.bind(("", 0))
         taken.listen()
@@ -135,9 +148,32 @@ def test_where_ranks_cannot_meet(monkeypatch):
     with pytest.raises(RankLost, match=rf"rank 2 could not reach rank 0 at 127\.0\.0\.1:{port} .* within 1 s") as lost:
         join(settings, device)
     assert lost.value.ranks == (0,)
+    assert "frame #" not in str(lost.value)
+    assert "\n" not in str(lost.value)
+    # Rank 0 is there and waits; the port is free again.
+    monkeypatch.setenv("RANK", "0")
+    with pytest.raises(RankLost, match=r"rank 0 waited 1 s \(`backend\.timeout_s`\) for all 3 ranks .*; missing: 1, 2$"):
+        join(settings, device)
+    monkeypatch.setenv("RANK", "2")
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=datetime.timedelta(seconds=1))
     monkeypatch.setenv("MASTER_PORT", str(store.port))
     dist.PrefixStore("dfed/0", store).set("pid/0", "host 1")
     with pytest.raises(RankLost, match=r"rank 2 waited 1 s \(`backend\.timeout_s`\) for all 3 ranks to sign in; missing: 1"):
         join(settings, device)
     assert not dist.is_initialized()
+
+
+def test_something_silent_listens_where_rank_0_should():
+    """Torch's client would wait for a greeting without end; the process comes to its end all the same."""
+    code = ("import torch\nfrom dfed.comm import BackendSettings, join\nfrom dfed.errors import RankLost\n"
+            "try:\n    join(BackendSettings(timeout_s=1), torch.device('cpu'))\nexcept RankLost as error:\n    print(error)\n")
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen()
+        port = silent.getsockname()[1]
+        place = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        done = subprocess.run([sys.executable, "-c", code], env={**without_launcher(os.environ), **place}, capture_output=True,
+                              text=True, timeout=100, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == (f"rank 1 could not reach rank 0 at 127.0.0.1:{port} (MASTER_ADDR, MASTER_PORT) within 1 s: nothing "
+                           "there answers as rank 0 would\n")

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from depth_problem import CLASSES, CNN, SHAPE, Small, data
 
 from dfed import rng
-from dfed.blocks import Splitting
+from dfed.blocks import Splitting, inner_matrices, top_mask
 from dfed.comm import wire
 from dfed.errors import ConfigError
 from dfed.models import build_chain, materialise
@@ -16,7 +16,7 @@ from dfed.region import WHOLE
 from dfed.state import ServerState
 from dfed.strategies import Problem, Strategy
 from dfed.strategies.fedavg import FedAvg
-from dfed.strategies.lips import Lips, eligible_tensors, top_mask
+from dfed.strategies.lips import Lips
 from dfed.strategies.wrapper import Wrapper
 
 INNER = ["conv1.conv.weight", "conv2.conv.weight"]  # of the small network, whose first convolution is conv0
@@ -68,12 +68,12 @@ def test_a_mask_keeps_exactly_the_largest_and_of_equal_ones_the_first():
 ])
 def test_what_may_be_masked(model, options, shape, expected):
     chain = build_chain(model, options, input_shape=shape, num_classes=CLASSES)
-    assert [name for name in eligible_tensors(chain) if "downsample" not in name and "shortcut" not in name] == expected
+    assert [name for name in inner_matrices(chain) if "downsample" not in name and "shortcut" not in name] == expected
 
 
 def test_of_transformers_and_vgg_too():
     vit = build_chain("vit_tiny", {}, input_shape=(3, 32, 32), num_classes=CLASSES)
-    names = eligible_tensors(vit)
+    names = inner_matrices(vit)
     first, last = vit.unit_names[0], vit.unit_names[-1]
     assert names
     assert all(vit.get_parameter(name).dim() == 2 and vit.unit_of(name) not in (first, last) for name in names)
@@ -81,7 +81,7 @@ def test_of_transformers_and_vgg_too():
     assert sum("in_proj_weight" in name for name in names) == attentions > 0
     vgg = build_chain("vgg11_bn", {}, input_shape=(3, 32, 32), num_classes=CLASSES)
     convolutions = [name for name, value in vgg.named_parameters() if value.dim() == 4]
-    assert list(eligible_tensors(vgg)) == convolutions[1:]  # not the linear layers
+    assert list(inner_matrices(vgg)) == convolutions[1:]  # not the linear layers
 
 
 def test_density_follows_the_schedule():
@@ -111,7 +111,7 @@ def test_clients_start_from_what_their_own_gradient_keeps():
     assert (started(problem, plan)[INNER[0]] == problem.values[INNER[0]]).all()
     sparse = plan_at(problem, 2)
     density = DENSITY + (1 - DENSITY) * 2 / 20
-    assert (sparse.options, sparse.details) == ({"lips": "client"}, {"lips": {"density": pytest.approx(density), "round": 2}})
+    assert (sparse.options, sparse.details) == ({}, {"lips": {"density": pytest.approx(density), "round": 2}})
     assert Plan.from_json(json.loads(json.dumps(sparse.to_json()))) == sparse
     state = dict(result.client_state)
     model = started(problem, sparse, state)
@@ -276,13 +276,13 @@ def test_predictions_know_of_masks():
     ("fedavg", "cnn", {"control": "shrink", "fill": "initial"}, "fill"),
     ("heterofl", "cnn", {}, "score"),
     ("heterofl", "cnn", {"score": "magnitude", "norms": "local"}, "norms"),
-    ("fedavg", "mlp", {}, "lips"),
+    ("fedavg", "mlp", {}, "wrap.lips"),
 ])
 def test_what_does_not_go_together_is_refused(strategy, model, lips, field):
     with pytest.raises(ConfigError) as refused:
         Small(strategy, model, {"hidden": [4]} if model == "mlp" else None, wrap={"lips": lips})
     assert [fault.field for fault in refused.value.faults] == [field]
-    assert "but is" in str(refused.value) or field == "lips"
+    assert "but is" in str(refused.value) or field == "wrap.lips"
 
 
 def test_a_wrapper_leaves_nothing_to_the_defaults():

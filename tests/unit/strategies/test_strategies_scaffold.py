@@ -83,5 +83,5 @@ def test_memory_counts_both_variates():
     model_bytes = sum(4 * value.numel() for value in plain.values.values())
     more = (problem.costs.peak_bytes(problem.strategy.plan(state, problem.candidate()))
             - plain.costs.peak_bytes(plain.strategy.plan(state, plain.candidate())))
-    # c − c_i and the mean of the gradients; and of the largest tensor the corrected gradient beside the plain one.
-    assert 2 * model_bytes <= more <= 3 * model_bytes
+    # c − c_i and the mean of the gradients, up to what a scalar takes.
+    assert 2 * model_bytes <= more <= 2.05 * model_bytes
