@@ -3,6 +3,8 @@
 import datetime
 import os
 import signal
+import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -34,6 +36,11 @@ def _rank(function, rank, size, folder, timeout_s):
     dist.init_process_group("gloo", store=dist.PrefixStore("group", store), rank=rank, world_size=size,
                             timeout=datetime.timedelta(seconds=timeout_s))
     function(ProcessGroup(CPU, liveness))
+    # Who leaves early may take the store's file along, in which another still looks for who was lost.
+    Path(f"{folder}/done{rank}").touch()
+    deadline = time.monotonic() + 5
+    while len(list(Path(folder).glob("done*"))) < size - 1 and time.monotonic() < deadline:
+        time.sleep(0.02)
 
 
 def start(function, size, folder, timeout_s=TIMEOUT_S):

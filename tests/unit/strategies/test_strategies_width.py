@@ -439,7 +439,7 @@ def test_the_predicted_peak_does_for_every_draw(model, options, alpha):
         peaks = []
         for k in range(strategy.num_draws(plan)):
             skeleton = Skeleton(strategy.build(plan))
-            train = functools.partial(costs._train, plan, skeleton, draw=lambda n, k=k: k)
+            train = functools.partial(costs._train, plan, skeleton, None, draw=lambda n, k=k: k)
             peaks.append(max(predict_course(functools.partial(costs._payload, plan), train)))
         assert len(set(peaks)) > 1 or alpha is not None
         assert costs.peak_bytes_at(plan) >= max(peaks)
