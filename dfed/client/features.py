@@ -92,11 +92,13 @@ def pass_through(features: Features, values: Mapping[str, Tensor], size: int, pr
                     x = unit.model.eval()(x).float()
             finally:
                 unit.unload()
-        return x
+        return x.contiguous()  # here, where predictions see it
 
     def pieces() -> Iterator[Tensor]:
         for x in features.source(size):
-            yield passed(x.to(device))
+            x = passed(x.to(device))
+            yield x
+            del x  # one mini-batch is there at a time
             after_batch()
 
     features.keep(pieces())
@@ -137,8 +139,17 @@ class ClientFeatures:
 
     def keep(self, pieces: Iterable[Tensor]) -> None:
         rows = self._rows(self._feed.version)
+
+        def arrays() -> Iterator[np.ndarray]:
+            for piece in pieces:
+                array = piece.cpu().numpy()
+                del piece
+                yield array
+                del array
+
         try:
-            rows.write(self._key(self._feed.version), len(self._indices), (piece.cpu().numpy() for piece in pieces))
+            whole = rows.write(self._key(self._feed.version), len(self._indices), arrays())
+            assert whole, "a pass makes features of all samples, or raises"
         except OSError as error:
             raise CheckpointError(f"cannot write the features of client {self._client} to {rows.data}: {error}") from error
 

@@ -45,7 +45,7 @@ class RowFile:
         Raises:
             OSError: If the disk refuses it.
         """
-        partial, count, shape, crc = self.data.with_suffix(".partial"), 0, (), 0
+        partial, count, shape, crc = self.data.with_suffix(f".{os.getpid()}.partial"), 0, (), 0
         try:
             self.data.parent.mkdir(parents=True, exist_ok=True)
             self.marker.unlink(missing_ok=True)
@@ -55,6 +55,7 @@ class RowFile:
                     file.write(values.data)
                     crc = zlib.crc32(values.data, crc)
                     count, shape = count + len(values), values.shape[1:]
+                    del piece, values  # not beside the next ones
                 file.flush()
                 os.fsync(file.fileno())
             if count != num_rows:

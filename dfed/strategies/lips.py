@@ -102,6 +102,9 @@ class Lips(Wrapper):
             why = "around a strategy whose clients hold parts of tensors, which differ from turn to turn, but is"
             faults += [Fault("score", f"must be magnitude, low or random {why} 'gradient'.")] * self._keeps_gradient
             faults += [Fault("norms", f"must be 'global' {why} 'local'.")] * bool(self._norms)
+        if self._norms and type(self.inner.parts[-1]).feed is not Strategy.feed:
+            why = "around a strategy whose clients keep features, which are made with the model's own norms"
+            faults.append(Fault("norms", f"must be 'global' {why}, but is 'local'."))
         if faults:
             raise ConfigError(faults)
 

@@ -85,6 +85,16 @@ class NeuroFlux(Strategy):
         said = ", ".join(" … ".join(dict.fromkeys((names[layers[first].start], names[layers[stop - 1].stop - 1])))
                          for first, stop in blocks)
         logger.info("the model has %d blocks of %d rounds, the last to the end: %s", len(blocks), rounds, said)
+        last = rounds * (len(blocks) - 1)
+        if last >= self.problem.rounds:
+            logger.warning("the last blocks of the model are never trained: %d blocks of %d rounds (`strategy.block_rounds`) "
+                           "do not fit into %d rounds (`rounds`)", len(blocks), rounds, self.problem.rounds)
+        budgets = [budget for budget, _ in self.problem.budgets]
+        for number, (first, stop) in enumerate(blocks):
+            plan = self.plan_at(first, stop, batch=self._least)
+            if budgets and not any(self.problem.fits(plan, budget) for budget in budgets):
+                logger.warning("block %d of the model is trained by nobody: no budget of the fleet is sure to hold a step on "
+                               "%d samples", number + 1, self._least)
         return replace(super().init(params), facts={"blocks": blocks, "block_rounds": rounds, "starts": [0], "trained": 0})
 
     def _boundaries(self) -> list[list[int]]:
@@ -97,7 +107,8 @@ class NeuroFlux(Strategy):
 
         count, budgets = len(self.net.layers), [budget for budget, _ in self.problem.budgets]
         least = max(needed(layer, layer + 1, self._least) for layer in range(count))
-        weakest = next((budget for budget in budgets if budget is None or budget >= least), least if budgets else None)
+        finite = [budget for budget in budgets if budget is not None]
+        weakest = next((budget for budget in finite if budget >= least), least if finite else None)
         blocks = join_layers([self._least] * count, needed, lambda size: weakest is None or size <= weakest,
                              self.batch_size, self.rho)
         return [[block.first, block.stop] for block in blocks]
@@ -109,13 +120,17 @@ class NeuroFlux(Strategy):
         plan = candidate.planner.largest_batch(self.plan_at(first, stop, candidate.client), self.batch_size)
         if plan is None or plan.phases[0].batch_size < self._least:
             return None
-        phases = tuple(replace(phase, rate=phase.batch_size / self.batch_size) for phase in plan.phases)
+        size, count = plan.phases[0].batch_size, candidate.num_samples
+        while size > self._least > 1 and count % size == 1:  # a batch norm would meet a last mini-batch of one sample
+            size -= 1
+        rate = min(size, count) / min(self.batch_size, count)
+        phases = tuple(replace(phase, batch_size=size, rate=rate) for phase in plan.phases)
         plan = replace(plan, phases=phases, details={"features": starts[now], "source": starts[have] if have else None})
         if have == now:
             return plan
         source = self.net.layers[state.facts["blocks"][have][0]].start if have else 0
         between = self.problem.chain.unit_names[source:self.net.layers[first].start]
-        size, sizes = plan.phases[0].batch_size, []
+        sizes = []
         while size:  # a pass through a wide layer may want smaller mini-batches than the training of a narrow one
             sizes.append(size)
             size //= 2
