@@ -23,7 +23,7 @@ __all__ = ["adopt", "agree", "first_host", "follow_launcher", "is_orphaned", "me
 
 _OWN = re.compile(
     "RANK|LOCAL_RANK|GROUP_RANK|ROLE_RANK|ROLE_NAME|WORLD_SIZE|LOCAL_WORLD_SIZE|GROUP_WORLD_SIZE|ROLE_WORLD_SIZE|MASTER_ADDR"
-    "|MASTER_PORT|TORCHELASTIC_.*|PET_.*|OMPI_.*|PMI_.*|PMIX_.*|PRTE_.*|HYDI?_.*|MPI_LOCAL.*"
+    "|MASTER_PORT|TORCHELASTIC_.*|PET_.*|OMPI_.*|PMI_.*|PMIX_.*|PRTE_.*|HYDI?_.*|MPI_LOCAL.*|MPI4PY_MPIABI"
     "|SLURM_(PROCID|LOCALID|NODEID|NTASKS|NPROCS|STEP_.*|STEPID|GTIDS)")
 _MPI = (("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"), ("PMI_RANK", "PMI_SIZE"))  # Open MPI; MPICH and its descendants
 _FIRST_SPECIAL_STEP = 0xFFFFFFF0  # numbers from here on are a job's batch script or interactive shell, not a step of srun's
@@ -149,6 +149,8 @@ def _meet_by_mpi(place: _Place) -> dict[str, Any]:
                    f"{place.size}, but is not.")
         raise ConfigError([Fault("mpi4py", message)]) from error
     mpi4py.rc.finalize = False  # `agree` does it
+    if place.names == _MPI[0]:  # else mpi4py takes an MPICH that lies beside Python, whichever mpiexec was called
+        os.environ.setdefault("MPI4PY_MPIABI", "openmpi")
     try:
         from mpi4py import MPI
     except (ImportError, RuntimeError) as error:

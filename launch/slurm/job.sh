@@ -4,6 +4,7 @@
 #   DFED_VENV   the environment that dfed is installed in (default: the active one, else .venv in the checkout)
 #   STOP_S      seconds that a run may take to finish its round and write a checkpoint when time is up (default: 240; less than
 #               the time that --signal leaves)
+#   RETRIES     how often a job goes back into the queue after it has failed, besides those before the time limit (default: 0)
 
 set -euo pipefail
 root=${root:?is set by the script that sources this}
@@ -17,11 +18,12 @@ export PATH="$venv/bin:$PATH" OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${STOP_S:-240}
 cd "$root"
 
-# run_or_requeue COMMAND…   Runs it. On SIGUSR1, which SLURM sends before the time limit (--signal), it is asked to stop in order,
-# and then the job goes back into the queue. So it does if the command fails, as often as RETRIES says (default: 0). Else the
-# command's exit status is that of the job.
+# run_or_requeue FAILURES COMMAND…   Runs it. On SIGUSR1, which SLURM sends before the time limit (--signal), it is asked to stop in order,
+# and then the job goes back into the queue. So it does if the command fails, as often as RETRIES says; the file FAILURES keeps
+# count, from one start of the job to the next. Else the command's exit status is that of the job.
 run_or_requeue() {
-    local pid status=0 job=$SLURM_JOB_ID
+    local pid status=0 failed failures=$1 job=$SLURM_JOB_ID
+    shift
     # The number of one task of an array may be that of the whole array, too.
     if [ -n "${SLURM_ARRAY_TASK_ID:-}" ]; then
         job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID
@@ -38,9 +40,14 @@ run_or_requeue() {
     if [ "$stopping" = yes ] && [ "$status" != 0 ]; then
         echo "stopped before the time limit; back into the queue"
         scontrol requeue "$job"
-    elif [ "$status" != 0 ] && [ "${SLURM_RESTART_COUNT:-0}" -lt "${RETRIES:-0}" ]; then
-        echo "failed with status $status; back into the queue, to go on from the last checkpoint"
-        scontrol requeue "$job"
+    elif [ "$status" != 0 ]; then
+        # Not SLURM_RESTART_COUNT, in which the stops before the time limit count, too.
+        failed=$(cat "$failures" 2>/dev/null || true)
+        # Where it cannot be counted, it is not tried again.
+        if [ "${failed:-0}" -lt "${RETRIES:-0}" ] && echo $((${failed:-0} + 1)) >"$failures"; then
+            echo "failed with status $status; back into the queue, to go on from the last checkpoint"
+            scontrol requeue "$job"
+        fi
     fi
     return "$status"
 }

@@ -18,7 +18,7 @@ from typing import Any
 __all__ = ["ROOT", "TIMEOUT_S", "Job", "enter", "in_child", "poll", "rounds_of", "rows", "run_cli", "run_several", "summary"]
 
 ROOT = Path(__file__).resolve().parents[2]
-TIMEOUT_S = 150  # no test waits longer for any one process; far above what each takes, so that a loaded machine passes
+TIMEOUT_S = 400  # no test waits longer for any one process; far above what each takes, so that a loaded machine passes
 _MARKER = "DFED_TEST_JOB"
 _PRELOADED = ["pytest", "dfed.leader", "dfed.strategies.fedavg", "dfed.models.cnn", "dfed.data.synthetic", "torch._dynamo"]
 _LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RESTART_COUNT")

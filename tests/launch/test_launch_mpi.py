@@ -12,14 +12,28 @@ from jobs import Job, poll, rounds_of, run_cli, summary
 MPIEXEC = shutil.which("mpiexec", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]))
 ENDS_S = 60  # far less than `backend.timeout_s` (600 s), which is how long a rank may wait for the others
 
-pytestmark = pytest.mark.skipif(MPIEXEC is None, reason="no mpiexec here: pip install mpi4py mpich")
+OPEN_MPI = shutil.which("mpiexec.openmpi")  # as Debian calls it where there is another one, too
+# It refuses to run as root, and more processes than cores, unless asked to.
+AS_ANYBODY = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1", "OMPI_MCA_rmaps_base_oversubscribe": "1"}
 
 
-def mpi(arguments, ranks, log):
+def mpi(arguments, ranks, log, mpiexec=MPIEXEC):
     pytest.importorskip("mpi4py")
-    return Job(["run", *arguments], command=[MPIEXEC, "-n", str(ranks), sys.executable, "-m", "dfed"], log=log)
+    command = [mpiexec, "-n", str(ranks), sys.executable, "-m", "dfed"]
+    return Job(["run", *arguments], command=command, log=log, environment=AS_ANYBODY)
 
 
+@pytest.mark.skipif(OPEN_MPI is None, reason="no Open MPI here: its mpiexec is in Debian's openmpi-bin")
+def test_the_same_bits_under_open_mpi(long_config, same_as_undisturbed, tmp_path):
+    """Also where an MPICH lies beside Python."""
+    with mpi([long_config, "--out", tmp_path / "run"], 4, tmp_path / "log", OPEN_MPI) as job:
+        assert job.wait() == 0, job.output
+        job.assert_gone()
+        assert "1 server and 3 client" in job.output
+    same_as_undisturbed(tmp_path / "run")
+
+
+@pytest.mark.skipif(MPIEXEC is None, reason="no mpiexec here: pip install mpi4py mpich")
 def test_the_same_bits_under_mpi(long_config, same_as_undisturbed, tmp_path):
     shared = set(Path("/dev/shm").glob("mpich_*"))
     folder, arguments = tmp_path / "run", [long_config, "checkpoint.every=29", "--out", tmp_path / "run"]

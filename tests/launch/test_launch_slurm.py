@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import os
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -89,7 +91,17 @@ def cluster():
         shutil.rmtree(folder)
 
 
-def test_a_job_on_two_nodes_is_stopped_before_its_time_is_up_and_goes_on_by_itself(
+def rank_of(folder, rank):
+    """Process id of a rank of the run in ``folder``; None: it does not live."""
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # ended meanwhile, or another user's
+            words, variables = ((process / name).read_bytes().split(b"\0") for name in ("cmdline", "environ"))
+            if b"run" in words and str(folder).encode() in words and f"RANK={rank}".encode() in variables:
+                return int(process.name)
+    return None
+
+
+def test_a_job_on_two_nodes_is_stopped_before_its_time_is_up_loses_a_rank_and_goes_on_by_itself(
         cluster, long_config, same_as_undisturbed, tmp_path, monkeypatch):
     """Beside it, on the same head node, one whose ranks srun starts itself: their ports differ."""
     folder, direct, log, shell = (tmp_path / name for name in ("run", "srun", "log", "shell"))
@@ -104,9 +116,15 @@ def test_a_job_on_two_nodes_is_stopped_before_its_time_is_up_and_goes_on_by_itse
     said = poll(lambda: (text := log.read_text(errors="replace")).count("back into the queue") and text, "it was not requeued")
     assert "stopped on request after round" in said
     assert not (folder / "summary.json").exists() or not summary(folder)["finished"]
-    assert cluster.wait(job, log)["Restarts"] == "1"
-    assert "going on after round" in log.read_text(errors="replace")
-    assert len(list((tmp_path / "run-logs").rglob("stderr.log"))) == 4  # of both ranks, twice
+    before = len(rounds_of(folder))
+    poll(lambda: len(rounds_of(folder)) > before, "it does not go on")
+    # The one retry is still to be had: a stop before the time limit is no failure.
+    os.kill(poll(lambda: rank_of(folder, 1), "rank 1 does not live"), signal.SIGKILL)
+    assert cluster.wait(job, log)["Restarts"] == "2"
+    said = log.read_text(errors="replace")
+    assert said.count("failed with status") == 1
+    assert said.count("going on after round") == 2
+    assert len(list((tmp_path / "run-logs").rglob("stderr.log"))) == 6  # of both ranks, three times
     cluster.wait(beside, tmp_path / "beside")
     same_as_undisturbed(folder)
     same_as_undisturbed(direct)
