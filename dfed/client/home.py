@@ -24,7 +24,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from dfed.client.forms import Form
+from dfed.data.row_file import room_for
 from dfed.errors import CheckpointError
+from dfed.settings import format_bytes
 from dfed.state import save_file
 
 __all__ = ["CLIENTS", "ClientHome", "errors_of", "next_state", "own_state"]
@@ -44,6 +46,17 @@ class ClientHome:
 
     def __init__(self, folder: Path):
         self.folder = folder
+
+    def check_free(self, num_bytes: int) -> None:
+        """Make sure that the disk has room for clients' features of so many bytes, those that are there counted.
+
+        Raises:
+            CheckpointError: If it has not; says what is needed.
+        """
+        free = room_for(self.folder, "*/*.features")
+        if free < num_bytes:
+            raise CheckpointError(f"the disk of {self.folder} must have {format_bytes(num_bytes)} free ({num_bytes} bytes) for "
+                                  f"what the clients keep there, but has {format_bytes(free)}.")
 
     def path(self, client: int, version: int) -> Path:
         """The file of a client's state as it left round ``version``."""

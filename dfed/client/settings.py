@@ -145,10 +145,18 @@ class ClientSettings(TrainingSettings):
 
     Attributes:
         epochs, steps: Passes over the client's data, or optimiser steps; exactly one (default: 1 epoch).
+        conv_parts: Convolutions take a mini-batch in so many parts; see :func:`dfed.models.convolutions_in_parts`.
     """
 
     epochs: Annotated[int, Field(ge=1)] | None = None
     steps: Annotated[int, Field(ge=1)] | None = None
+    conv_parts: Annotated[int, Field(ge=1)] = 1
+
+    @model_validator(mode="after")
+    def _whole_under_autocast(self) -> ClientSettings:
+        if self.conv_parts > 1 and self.precision != "fp32":
+            raise ValueError(f"must leave `conv_parts` at 1 with the precision '{self.precision}', but sets {self.conv_parts}.")
+        return self
 
     @property
     def phases(self) -> tuple[Phase, ...]:

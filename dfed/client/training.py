@@ -18,7 +18,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from dfed.client.features import Blank, Features, pass_through, units_of
 from dfed.client.settings import ClientSettings, make_optimizer
 from dfed.client.skeleton import Skeleton
-from dfed.models import Chain
+from dfed.models import Chain, convolutions_in_parts
 from dfed.plan import Phase, Plan
 from dfed.region import Region
 from dfed.strategies import PASS, Strategy
@@ -81,9 +81,10 @@ def run_plan(
         features: Where those of :meth:`Strategy.feed` come from and go to; the mini-batches are the caller's business.
     """
     passes, phases = _parted(plan)
-    for phase in passes:
-        assert features is not None, "a phase that passes samples on needs a feed"
-        pass_through(features, values, phase.batch_size, settings.precision, device, after_batch)
+    with convolutions_in_parts(settings.conv_parts):
+        for phase in passes:
+            assert features is not None, "a phase that passes samples on needs a feed"
+            pass_through(features, values, phase.batch_size, settings.precision, device, after_batch)
     skeleton.load(values, device)
     model = _ready(skeleton.model, settings, generator, draw)
     client_state = {} if client_state is None else client_state
@@ -97,11 +98,10 @@ def run_plan(
             optimizer = make_optimizer(settings, wanted.parameters, rate_factor * rate)
         for x, y in _on(device, batches(phase)):
             optimizer.zero_grad(set_to_none=True)
-            with torch.autocast(device.type, torch.bfloat16, enabled=settings.precision == "bf16"):
-                loss = strategy.loss(model, x, y, phase)
-            loss.backward()
-            if settings.clip_norm is not None:
-                nn.utils.clip_grad_norm_(wanted.parameters, settings.clip_norm)
+            with convolutions_in_parts(settings.conv_parts):  # in the backward pass, too, where units may be computed again
+                loss = _loss(strategy, model, x, y, phase, settings)
+                loss.backward()
+            _clip(wanted.parameters, settings.clip_norm)
             optimizer.step()
             count.add(loss.detach(), len(y))
             after_batch()
@@ -109,6 +109,17 @@ def run_plan(
     kept = _checked(strategy.remember(model, client_state, plan)) if strategy.keeps_state else client_state
     update = _update(strategy, plan, model, regions)
     return LocalResult(update, kept, count.loss_sum, count.loss_square_sum, count.num_visits, count.num_steps)
+
+
+def _loss(strategy: Strategy, model: nn.Module, x: Tensor, y: Tensor, phase: Phase, settings: ClientSettings) -> Tensor:
+    with torch.autocast(x.device.type, torch.bfloat16, enabled=settings.precision == "bf16"):
+        return strategy.loss(model, x, y, phase)
+
+
+def _clip(parameters: Iterable[nn.Parameter], norm: float | None) -> None:
+    """Scale the gradients down to this norm; None: leave them."""
+    if norm is not None:
+        nn.utils.clip_grad_norm_(parameters, norm)
 
 
 def _parted(plan: Plan) -> tuple[list[Phase], list[Phase]]:

@@ -119,15 +119,16 @@ class Worker:
         plans = [Plan.from_json(plan) for plan in message.meta["plans"]]
         down = Down.of(message, [plans[task["plan"]] for task in tasks], seed=self._seed)
         reports = []
-        for task in tasks:
-            report, update = self._play(plans[task["plan"]].for_client(task["client"]), task, down, sums)
+        for number, task in enumerate(tasks, start=1):
+            plan = plans[task["plan"]].for_client(task["client"])
+            report, update = self._play(plan, task, down, sums, last=number == len(tasks))
             reports.append(dict(vars(report)))
             if down.per_client:
                 deliver(nothing(down.round_index, report.client) if update is None else update)
         return reports
 
     def _play(
-        self, plan: Plan, task: Mapping[str, Any], down: Down, sums: PartialSums
+        self, plan: Plan, task: Mapping[str, Any], down: Down, sums: PartialSums, *, last: bool
     ) -> tuple[ClientReport, Message | None]:
         form, budget_bytes = self._forms.of(plan), task.get("budget_bytes")
         kept = {} if down.home is None else down.home.load(plan.client, task.get("state"))
@@ -155,7 +156,7 @@ class Worker:
                 down.home.save(plan.client, down.round_index, next_state(kept, remembered, left_out, form, self._shapes))
             report.change_squares = change_squares(arrives, base, self._units) if self._units else {}
             if not down.per_client:  # last: what is in the sums cannot fail any more
-                sums.add(arrives, form.regions, task["weight"] * down.scale, down.ranges)
+                sums.add(arrives, form.regions, task["weight"] * down.scale, down.ranges, last=last)
             report.keeps_state = down.home is not None
         except (RankLost, CheckpointError, SumsLost, KeyboardInterrupt):
             raise

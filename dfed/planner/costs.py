@@ -55,7 +55,9 @@ class Costs:
         identity: Any = None,
         by_prediction: bool = False,
     ):
-        self.strategy, self._settings, self._forms = strategy, settings, forms
+        self.strategy, self._forms = strategy, forms
+        # What convolutions in parts save are copies that no prediction sees; in parts peaks would not be lines any more.
+        self._settings = settings.model_copy(update={"conv_parts": 1})
         self._margin, self.overhead_bytes = margins(device, by_prediction)
         self._store = store or Store(None)
         chain = strategy.problem.chain
@@ -83,7 +85,11 @@ class Costs:
     def budget_bytes(self, plan: Plan) -> int:
         """The smallest budget that is sure to do: the peak, and unless it counts by prediction the grey zone and what libraries
         take beside tensors."""
-        return math.ceil(self.peak_bytes(plan) * (1 + self._margin)) + self.overhead_bytes
+        return self.budget_of(self.peak_bytes(plan))
+
+    def budget_of(self, peak_bytes: int) -> int:
+        """As :meth:`budget_bytes`, of a plan with this predicted peak."""
+        return math.ceil(peak_bytes * (1 + self._margin)) + self.overhead_bytes
 
     def fits(self, plan: Plan, budget_bytes: int | None) -> bool:
         """Whether the budget (None: without limit) is at least :meth:`budget_bytes`."""

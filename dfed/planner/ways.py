@@ -82,10 +82,11 @@ def ways(chain: Chain, settings: ClientSettings, budget_bytes: int | None, *, tr
         with contextlib.suppress(DfedError):  # a unit that works in place cannot be computed twice
             rows.append(_way("full, activations recomputed", chain, chain, thrifty, budget_bytes, store))
     seen = [_trained(chain)]
-    longest, way = _longest_range(chain, settings, budget_bytes, store)
-    if _trained(longest) not in seen:
-        seen.append(_trained(longest))
-        rows.append(way)
+    if not rows[0].fits:  # else the longest range is the chain
+        longest, way = _longest_range(chain, settings, budget_bytes, store)
+        if _trained(longest) not in seen:
+            seen.append(_trained(longest))
+            rows.append(way)
     if train is not None:
         model = _training_only(chain, _range(chain, train))
         if not _trained(model):
@@ -188,18 +189,19 @@ def _longest_range(chain: Chain, settings: ClientSettings, budget_bytes: int | N
     """
     names = chain.unit_names
 
-    def trained_from(start: int) -> tuple[Chain, Way]:
-        model = _training_only(chain, names[start:])
-        return model, _way(f"{names[start]} to the end trained", model, chain, settings, budget_bytes, store)
+    def fits_from(start: int) -> bool:
+        costs, plan = chain_costs(_training_only(chain, names[start:]), settings, _CPU, store)
+        return why_not(costs, plan) is None and (
+            budget_bytes is None or costs.budget_of(costs.peak_bytes_at(plan)) <= budget_bytes)
 
     last = max(place for place, name in enumerate(names) if any(True for _ in chain.unit(name).parameters()))
     low, high = -1, last  # nothing before or at low fits
-    best = trained_from(high)
-    while best[1].fits and high - low > 1:
-        middle = (low + high) // 2
-        found = trained_from(middle)
-        low, high, best = (low, middle, found) if found[1].fits else (middle, high, best)
-    return best
+    if fits_from(high):
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (low, middle) if fits_from(middle) else (middle, high)
+    model = _training_only(chain, names[high:])
+    return model, _way(f"{names[high]} to the end trained", model, chain, settings, budget_bytes, store)
 
 
 def _way(

@@ -1,6 +1,8 @@
 """What clients remember: files that are whole or refused, and error feedback."""
 
+import collections
 import math
+import shutil
 
 import pytest
 import torch
@@ -74,6 +76,19 @@ def test_a_disk_that_refuses_is_an_error(tmp_path):
     (tmp_path / "clients").write_text("a file stands where the folder should be")
     with pytest.raises(CheckpointError, match="cannot write the state of client 3"):
         ClientHome(tmp_path / "clients").save(3, 7, tensors())
+
+
+def test_a_disk_without_room_is_an_error(tmp_path, monkeypatch):
+    home, usage = ClientHome(tmp_path / "clients"), collections.namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(0, 0, 1000))
+    home.check_free(1000)
+    with pytest.raises(CheckpointError, match=r"must have .* free \(1001 bytes\) for what the clients keep"):
+        home.check_free(1001)
+    home.features_path(3, 7).parent.mkdir(parents=True)
+    home.features_path(3, 7).write_bytes(bytes(500))
+    home.check_free(1500)
+    with pytest.raises(CheckpointError):
+        home.check_free(1501)
 
 
 def test_versions_that_nobody_needs_are_removed(tmp_path):

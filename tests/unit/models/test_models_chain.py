@@ -79,7 +79,7 @@ class ForgetfulScaled(Scaled):
 
 
 def test_package_exports():
-    assert sorted(dfed.models.__all__) == ["Chain", "build_chain", "materialise"]
+    assert sorted(dfed.models.__all__) == ["Chain", "build_chain", "convolutions_in_parts", "materialise"]
 
 
 def test_units_names_and_runs():

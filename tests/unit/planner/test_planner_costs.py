@@ -85,6 +85,15 @@ def test_peak_grows_with_the_batch_and_with_what_the_strategy_keeps():
     assert prox.peak_bytes(plan) >= peaks[8] + 4 * weights  # the copy of the global model
 
 
+def test_convolutions_in_parts_are_predicted_as_whole_ones():
+    whole, plan, _ = costs_of("cnn", {"channels": [4]}, (1, 8, 8), 4, batch_size=16)
+    parted, _, _ = costs_of("cnn", {"channels": [4]}, (1, 8, 8), 4, batch_size=16, conv_parts=5)
+    assert [parted.peak_bytes(with_batch(plan, size)) for size in (3, 16)] == [
+        whole.peak_bytes(with_batch(plan, size)) for size in (3, 16)]
+    assert parted._line(plan) == whole._line(plan)
+    assert parted._line(plan) is not None
+
+
 def test_fits_leaves_the_grey_zone_and_the_overhead():
     costs, plan, _ = costs_of("mlp", {"hidden": [200]}, (1, 16, 16), 10, batch_size=4)
     tensors = costs.peak_bytes(plan)

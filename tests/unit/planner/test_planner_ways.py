@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 
@@ -48,11 +50,25 @@ def test_ranges_may_leave_out_an_end(chain):
             ways(chain, SETTINGS, None, train=wrong)
 
 
-def test_what_trains_the_same_is_there_once(chain):
+def test_what_trains_the_same_is_there_once(chain, monkeypatch):
     assert [way.name for way in ways(chain, SETTINGS, ENOUGH)] == ["full training", "full, activations recomputed"]
+    with monkeypatch.context() as patch:
+        patch.setattr(sys.modules["dfed.planner.ways"], "_longest_range", None)  # is not looked for where everything fits
+        assert len(ways(chain, SETTINGS, ENOUGH)) == 2
     last = chain.unit_names[-1]
     names = [way.name for way in ways(chain, SETTINGS, 2**20, train=last)]
     assert names[2:] == [f"{last} to the end trained"]
+
+
+def test_the_longest_range_is_the_first_that_fits(chain):
+    names = chain.unit_names
+    needed = [ways(chain, SETTINGS, 2**20, train=f"{name}:")[-1].needed_bytes for name in names[1:]]
+    needed = [ways(chain, SETTINGS, 2**20)[0].needed_bytes, *needed]
+    assert needed == sorted(set(needed), reverse=True)
+    for start in range(1, len(names)):
+        for budget in (needed[start], needed[start - 1] - 1):
+            longest = ways(chain, SETTINGS, budget)[-1]
+            assert (longest.name, longest.fits) == (f"{names[start]} to the end trained", True)
 
 
 def test_stages_are_numbered_and_need_what_the_splitting_says(chain):
