@@ -71,8 +71,8 @@ class IdleWorker:
             if plan.shape_key() not in received:
                 received[plan.shape_key()] = form.received(values)
                 start = time.perf_counter()
-                for _ in range(2):
-                    sums.add(self._update, form.regions, order.meta["scale"], order.meta["ranges"])
+                for last in (False, True):  # as a worker does with those of its clients
+                    sums.add(self._update, form.regions, order.meta["scale"], order.meta["ranges"], last=last)
                 self.fold_s = time.perf_counter() - start
             down, up = form.down_bytes(round_index, plan.client), form.up_bytes(round_index, plan.client)
             reports.append(dict(vars(ClientReport(client=plan.client, loss=2.3, num_visits=1, num_steps=1, bytes_down=down,

@@ -155,7 +155,7 @@ class PartialSums:
         """Fold what waits, and bring every sum from where it was kept to its value; exact."""
         if self._waiting is not None:
             waiting, self._waiting = self._waiting, None
-            self._fold(waiting)
+            self._fold(waiting, settles=True)
         for name in self._unset:
             self._views[name].zero_()
         self._unset.clear()
@@ -175,6 +175,8 @@ class PartialSums:
         regions: Mapping[str, Region],
         weight: float,
         ranges: Mapping[str, float],
+        *,
+        last: bool = False,
     ) -> None:
         """Add one client's update; all of it or, if it is refused, nothing.
 
@@ -183,6 +185,7 @@ class PartialSums:
             regions: The part of the global tensor that each value covers.
             weight: The client's weight times :func:`weight_scale`.
             ranges: :func:`value_range` of each global tensor; the same for all updates of a round.
+            last: No other is expected: the sums need not be gone through once more before they are read.
 
         Raises:
             UpdateRejected: If an entry is not finite or out of range.
@@ -192,19 +195,21 @@ class PartialSums:
             assert tuple(value.shape) == regions[name].shape(self.shapes[name]), f"{name}: {tuple(value.shape)}"
             check_values(name, value, ranges[name])
         mine = _Update(update, regions, _odd(weight), ranges)
-        if self._waiting is None:
-            self._waiting = mine
+        waiting, self._waiting = self._waiting, None
+        if waiting is not None:
+            self._fold(waiting, mine, settles=last)
+        elif last:
+            self._fold(mine, settles=True)
         else:
-            waiting, self._waiting = self._waiting, None
-            self._fold(waiting, mine)
+            self._waiting = mine
 
-    def _fold(self, *updates: _Update) -> None:
+    def _fold(self, *updates: _Update, settles: bool) -> None:
         try:
-            self._fold_all(updates)
+            self._fold_all(updates, settles)
         except Exception as error:  # e.g. this machine has no memory left for a copy
             raise SumsLost(f"partial sums could not be completed: {type(error).__name__}: {error}") from error
 
-    def _fold_all(self, updates: Sequence[_Update]) -> None:
+    def _fold_all(self, updates: Sequence[_Update], settles: bool) -> None:
         for name in dict.fromkeys(name for update in updates for name in update.values):
             parts = [(update.values[name], update.regions[name], update.weight) for update in updates if name in update.values]
             self._begin(name, next(update.ranges[name] for update in updates if name in update.values))
@@ -213,7 +218,10 @@ class PartialSums:
             in_place = region is WHOLE or target.untyped_storage().data_ptr() == self._flat.untyped_storage().data_ptr()
             if (in_place and target.is_contiguous() and all(part[1] == region for part in parts)
                     and all(value.is_contiguous() for value, _, _ in parts)):
-                self._add_flat(target.view(-1), [(value.view(-1), weight) for value, _, weight in parts], offset)
+                whole = settles and target.numel() == self._views[name].numel()
+                self._add_flat(target.view(-1), [(value.view(-1), weight) for value, _, weight in parts], offset, whole)
+                if whole:
+                    del self._offsets[name]
                 continue
             for value, region, weight in parts:
                 self._add_part(self._views[name], value, region, weight, offset)
@@ -237,8 +245,12 @@ class PartialSums:
             scratch = self._scratch[:some.numel()] if fits else torch.empty(some.numel(), dtype=torch.float64)
             add(_rounded(scratch.view(some.shape).copy_(some), weight, offset))
 
-    def _add_flat(self, sums: Tensor, parts: Sequence[tuple[Tensor, float]], offset: float) -> None:
-        """Add flat values with their weights, chunk by chunk, so that the sums come into the cache once for all of them."""
+    def _add_flat(self, sums: Tensor, parts: Sequence[tuple[Tensor, float]], offset: float, settles: bool) -> None:
+        """Add flat values with their weights, chunk by chunk, so that the sums come into the cache once for all of them.
+
+        Args:
+            settles: Whether the offset is taken away, too.
+        """
         total = sums.numel()
         fused = total - total % _LANES if _fuses() else 0
         for start in range(0, total, self._chunk):
@@ -250,6 +262,8 @@ class PartialSums:
                     sums[start:start + whole].add_(scratch[:whole], alpha=weight)
                 if whole < stop - start:
                     sums[start + whole:stop].add_(_rounded(scratch[whole:], weight, offset))
+            if settles:
+                sums[start:stop].sub_(offset)
 
 
 class SumsBuffer:

@@ -19,16 +19,17 @@ from dfed.rng import Permutation, uniform
 __all__ = ["Fleet"]
 
 _CHUNK = 1 << 16
+_KEPT = 4096
 
 
 class Fleet:
     """The devices of clients ``0 … num_clients − 1``; immutable.
 
-    Which client is in which tier is a pure function of the settings and the seed: the clients are permuted by
-    ``(seed, "fleet")`` and the permuted row is cut into tiers of exact sizes. Where a tier's budgets are spread, its part
-    of the row is cut further, into levels (see :func:`dfed.fleet.budget.spread_budgets`), the smallest budget first.
-    Nothing is stored for a client, and all clients of a tier with the same budget share one profile object. A fleet from
-    a file keeps its columns instead.
+    Which client is in which tier is a pure function of the settings and the seed: the clients are permuted by ``(seed,
+    "fleet")`` and the permuted row is cut into tiers of exact sizes. Where a tier's budgets are spread, its part of the row
+    is cut further, into levels (see :func:`dfed.fleet.budget.spread_budgets`), the smallest budget first. Nothing is stored
+    for a client but those that were asked for last, and all clients of a tier with the same budget share one profile
+    object. A fleet from a file keeps its columns instead.
 
     Build one with :meth:`from_settings`.
 
@@ -42,6 +43,7 @@ class Fleet:
         self._seed = seed
         self.num_clients: int = table.num_clients
         self.tier_names: tuple[str, ...] = table.tier_names
+        self._profile = functools.lru_cache(_KEPT)(table.profile)  # a round asks for those of its cohort again and again
 
     @classmethod
     def from_settings(cls, settings: FleetSettings, *, seed: int, full_peak_bytes: Callable[[], int]) -> Fleet:
@@ -95,7 +97,7 @@ class Fleet:
     def profile(self, client: int) -> DeviceProfile:
         """The device of ``client``."""
         assert 0 <= client < self.num_clients, f"a client must be at least 0 and less than {self.num_clients}"
-        return self._table.profile(client)
+        return self._profile(client)
 
     def tier_size(self, name: str) -> int:
         """Number of clients in tier ``name``, one of ``tier_names``."""

@@ -56,10 +56,11 @@ def clients(count, seed=0):
 RANGES = dict.fromkeys(SHAPES, MIN_RANGE)
 
 
-def folded(some, scale):
+def folded(some, scale, last=None):
+    """With ``last``, the number of the addition that is called the last one."""
     sums = PartialSums(SHAPES)
-    for update, regions, weight in some:
-        sums.add(update, regions, weight * scale, RANGES)
+    for number, (update, regions, weight) in enumerate(some):
+        sums.add(update, regions, weight * scale, RANGES, last=number == last)
     return sums.flat
 
 
@@ -80,12 +81,25 @@ def test_any_order_and_any_grouping_give_the_same_bits(seed):
         ranks = [[] for _ in range(size)]
         for client in order:
             chance.choice(ranks).append(client)
-        parts = [folded(rank, scale) for rank in ranks]
+        parts = [folded(rank, scale, last=chance.choice([None, len(rank) - 1, 1])) for rank in ranks]
         chance.shuffle(parts)
         while len(parts) > 1:  # a reduction over the ranks, in any tree
             first, second = parts.pop(), parts.pop()
             parts.insert(chance.randrange(len(parts) + 1), first + second)
         assert torch.equal(bits(parts[0]), bits(reference))
+
+
+def test_the_last_addition_brings_the_sums_to_their_values():
+    made = [client for client in clients(9) if len(client[0]) == len(SHAPES)]
+    for count in (1, 2, 3):
+        sums = PartialSums(SHAPES)
+        for number, (update, regions, weight) in enumerate(made[:count], start=1):
+            sums.add(update, regions, weight / 2**20, RANGES, last=number == count)
+        assert sums._waiting is None
+        whole = {name for name in SHAPES if all(regions[name] is WHOLE for _, regions, _ in made[:count])}
+        assert whole
+        assert not whole & set(sums._offsets)
+        assert torch.equal(bits(sums.flat), bits(folded(made[:count], 2**-20)))
 
 
 def test_sums_may_be_read_in_between_and_cleared():

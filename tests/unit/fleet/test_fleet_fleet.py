@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import sys
 import tracemalloc
 
 import numpy as np
@@ -61,6 +62,17 @@ def test_a_million_clients_cost_no_memory():
     rare = fleet.tier_clients("rare", None)
     assert rare.size == fleet.tier_size("rare") == 1
     assert fleet.profile(int(rare[0])).tier == "rare"
+
+
+def test_devices_are_looked_up_once_and_few_are_kept(monkeypatch):
+    monkeypatch.setattr(sys.modules["dfed.fleet.fleet"], "_KEPT", 3)
+    table, looked_up = make(10, low={"share": 0.3}, high={"share": 0.7})._table, []
+    own = table.profile
+    monkeypatch.setattr(table, "profile", lambda client: looked_up.append(client) or own(client))
+    fleet = Fleet(table, seed=0)
+    for client in (1, 2, 1, 2, 3, 4, 5, 1):
+        assert fleet.profile(client) is own(client)
+    assert looked_up == [1, 2, 3, 4, 5, 1]
 
 
 def test_budgets_resolve_and_the_peak_is_asked_for_once_if_at_all():
