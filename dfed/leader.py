@@ -214,6 +214,9 @@ class Leader:
         home = ClientHome(Path(folder))
         home.folder.mkdir(parents=True, exist_ok=True)
         home.check(self.state.clients)
+        job, values = self._run.job, self._run.job.strategy.feature_values(self.state)
+        if values and self.state.round_index < self._config.rounds:
+            home.check_free(4 * values * sum(map(job.partition.num_samples, range(job.fleet.num_clients))))
         return home
 
     def _first_state(self) -> ServerState:

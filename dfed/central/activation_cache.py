@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import shutil
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -16,7 +15,7 @@ from typing import Literal
 import numpy as np
 from torch import Tensor
 
-from dfed.data.row_file import RowFile
+from dfed.data.row_file import RowFile, room_for
 from dfed.errors import TrainingFailed
 from dfed.settings import format_bytes
 
@@ -65,13 +64,11 @@ class ActivationCache:
         Raises:
             TrainingFailed: If it has not; says what is needed.
         """
-        there = next(path for path in (self._folder, *self._folder.absolute().parents) if path.exists())
-        held = sum(path.stat().st_size for path in self._folder.iterdir()) if self._folder.is_dir() else 0
-        free = shutil.disk_usage(there).free + held
+        free = room_for(self._folder)
         if free < num_bytes:
-            raise TrainingFailed(
-                f"the disk of {there} must have {format_bytes(num_bytes)} free ({num_bytes} bytes) for cached activations, but "
-                f"has {format_bytes(free)}: `method.cache` 'fp16' takes half of what 'fp32' does, and 'none' keeps nothing.")
+            raise TrainingFailed(f"the disk of {self._folder} must have {format_bytes(num_bytes)} free ({num_bytes} bytes) for "
+                                 f"cached activations, but has {format_bytes(free)}: `method.cache` 'fp16' takes half of what "
+                                 "'fp32' does, and 'none' keeps nothing.")
 
     def holds(self, number: int, key: str) -> bool:
         """Whether cache ``number`` is there, whole, and made of what ``key`` stands for.

@@ -11,6 +11,7 @@ import io
 import json
 import math
 import os
+import shutil
 import zlib
 from collections.abc import Iterable
 from pathlib import Path
@@ -19,7 +20,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["RowFile"]
+__all__ = ["RowFile", "room_for"]
+
+
+def room_for(folder: Path, pattern: str = "*") -> int:
+    """Bytes that files in ``folder``, which need not exist, may come to: free ones of its disk, and those of files there."""
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    held = sum(path.stat().st_size for path in folder.glob(pattern) if path.is_file()) if folder.is_dir() else 0
+    return shutil.disk_usage(there).free + held
 
 
 class RowFile:

@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import bisect
 import logging
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Annotated, Any
@@ -167,6 +168,12 @@ class NeuroFlux(Strategy):
         before = self.problem.chain.index_of(units[0]) if units else start
         return Feed(shape=self.net.shape_before(start), version=plan.details.get("features", 0), units=units,
                     source_shape=self.net.shape_before(before), source=plan.details.get("source"))
+
+    def feature_values(self, state: ServerState) -> int:
+        """Of the present block and all to come."""
+        blocks, now = state.facts["blocks"], len(state.facts["starts"]) - 1
+        starts = [self.net.layers[first].start for first, _ in blocks[max(1, now):]]
+        return sum(math.prod(self.net.shape_before(start)) for start in starts)
 
     def loss(self, model: nn.Module, x: Tensor, y: Tensor, phase: Phase) -> Tensor:
         """The sum over the layers' losses; all but the last have gone backward already."""

@@ -49,6 +49,9 @@ class Wrapper(Strategy):
     def feed(self, plan: Plan) -> Feed | None:
         return self.inner.feed(plan)
 
+    def feature_values(self, state: ServerState) -> int:
+        return self.inner.feature_values(state)
+
     def receive(self, model: nn.Module, client_state: MutableMapping[str, Tensor], plan: Plan) -> None:
         self.inner.receive(model, client_state, plan)
 

@@ -238,9 +238,9 @@ def test_evaluated_is_the_deepest_that_was_trained_so_far():
 def test_a_round_against_what_its_clients_sent(aggregation, monkeypatch):
     sent, add = [], PartialSums.add
 
-    def spy(sums, update, regions, weight, ranges):
+    def spy(sums, update, regions, weight, ranges, **options):
         sent.append(({name: value.double() for name, value in update.items()}, weight))
-        add(sums, update, regions, weight, ranges)
+        add(sums, update, regions, weight, ranges, **options)
 
     monkeypatch.setattr(PartialSums, "add", spy)
     run, state = assembled(BASE, [flextrain(aggregation=aggregation)])

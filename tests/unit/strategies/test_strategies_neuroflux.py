@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import collections
 import itertools
 import json
 import logging
+import math
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -23,6 +26,7 @@ from dfed.comm import join
 from dfed.config import load_config
 from dfed.data import client_batches
 from dfed.data.dataset import ArrayDataset
+from dfed.data.row_file import RowFile
 from dfed.errors import CheckpointError, ConfigError
 from dfed.leader import Leader
 from dfed.plan import Plan
@@ -277,6 +281,10 @@ def test_stages_and_exits(free):
     state = strategy.init(small.values)
     assert state.facts == {"blocks": [[0, 4]], "block_rounds": 7, "starts": [0], "trained": 0}
     state = replace(state, facts={**state.facts, "blocks": [[0, 1], [1, 3], [3, 4]], "block_rounds": 2})
+    sizes = [math.prod(strategy.problem.chain.output_shapes()[name]) for name in ("conv0", "conv1", "conv2")]
+    for starts, values in [([0], sizes[0] + sizes[2]), ([0, 2], sizes[0] + sizes[2]), ([0, 2, 4], sizes[2])]:
+        now = replace(state, facts={**state.facts, "starts": starts})
+        assert strategy.feature_values(now) == values  # what the present block and those to come take
     assert strategy.variants(state) == {}
     senders, seen = [{}, {"conv0": 1}, {}, {"conv1": 2}, {"hidden": 1}, {}, {"hidden": 1}], []
     for done, sent in enumerate(senders, start=1):
@@ -360,9 +368,21 @@ def _run(path, *overrides, resumes=False):
     return run, [row for row in rows if row["kind"] == "client"], json.loads((path / "summary.json").read_text())
 
 
-def test_everybody_trains_a_model_that_fits_nobody(tmp_path, caplog):
+def test_everybody_trains_a_model_that_fits_nobody(tmp_path, caplog, monkeypatch):
+    write, sizes = RowFile.write, []
+
+    def measured(*arguments):
+        done = write(*arguments)
+        sizes.append(sum(path.stat().st_size for path in (tmp_path / "run" / "clients").rglob("*.features")))
+        return done
+
+    monkeypatch.setattr(RowFile, "write", measured)
     with caplog.at_level(logging.WARNING):
         run, clients, summary = _run(tmp_path / "run")
+    monkeypatch.setattr(RowFile, "write", write)
+    first = run.job.strategy.init(run.planning.first_params(run.config.seed))
+    samples = sum(run.job.partition.num_samples(client) for client in range(5))
+    assert max(sizes) <= 4 * samples * run.job.strategy.feature_values(first)  # for so much there must be room
     assert caplog.text.count("augmentation ('flip') is applied as long as clients train on their samples themselves") == 1
     full = run.job.plain.peak_bytes(run.job.strategy.full_plan())
     assert all(row["status"] == "completed" and row["predicted_bytes"] <= row["budget_bytes"] < full for row in clients)
@@ -391,6 +411,11 @@ def test_everybody_trains_a_model_that_fits_nobody(tmp_path, caplog):
     assert {row["status"] for row in more} == {"completed"}
     for path in (tmp_path / "run" / "clients").rglob("*.features"):
         path.write_bytes(path.read_bytes()[:-4])
+    usage = collections.namedtuple("usage", "free")(9)
+    with monkeypatch.context() as full:
+        full.setattr(shutil, "disk_usage", lambda path: usage)
+        with pytest.raises(CheckpointError, match=r"for what the clients keep there, but has 9 B"):
+            _run(tmp_path / "new")
     with pytest.raises(CheckpointError, match=r"client \d must have the features .* in round [24] or later, but .* bytes"):
         _run(tmp_path / "run", "rounds=9", resumes=True)
 
