@@ -42,6 +42,8 @@ class Job:
         clients_folder: On the server: where clients keep their states; None if they have none.
         plain: Costs of plainly training the full model, whatever the strategy.
         body: On the server: holds what is broadcast, from round to round.
+        cohort: How many clients' updates a round takes at most.
+        drawn: How many the sampler is asked for; more than ``cohort`` where some are expected to fail.
         deadline_s: How many simulated seconds the server waits for its clients at most; None: for as long as it takes.
         units: The unit of each parameter, by name, if it is to be measured how far they move; else empty.
     """
@@ -49,6 +51,7 @@ class Job:
     seed: int
     rounds: int
     cohort: int
+    drawn: int
     exchange: str
     max_failed_fraction: float
     deadline_s: float | None
@@ -124,10 +127,10 @@ def choose_cohort(job: Job, state: ServerState) -> Cohort:
 
     if isinstance(job.sampler, StatefulSampler):
         view = asked.view(seed=job.seed, rounds=job.rounds)
-        chosen = job.sampler.cohort(state.sampler, view, size=job.cohort, admit=admit)
+        chosen = job.sampler.cohort(state.sampler, view, size=job.drawn, admit=admit)
     else:
         chosen = job.sampler.cohort(
-            size=job.cohort, num_clients=job.fleet.num_clients, seed=job.seed, round_index=round_index, admit=admit,
+            size=job.drawn, num_clients=job.fleet.num_clients, seed=job.seed, round_index=round_index, admit=admit,
             sizes=job.partition.sizes,
         )
     if len(set(chosen)) < len(chosen) or not plans.keys() >= set(chosen):

@@ -42,10 +42,13 @@ class ServerSettings(Settings):
             rejected updates; not running out of memory, not dropping out, not being late.
         deadline_s: Simulated seconds for which the server waits for its clients in a round at most; None: for as long as it
             takes. Who would be done later is not waited for.
+        over_selection: Clients drawn for each that is wanted (Bonawitz et al., "Towards Federated Learning at Scale: System
+            Design", MLSys 2019, section 4): the round takes the first ``cohort`` that are done. Not more than there are.
     """
 
     max_failed_fraction: Annotated[float, Field(ge=0, le=1)] = 0.5
     deadline_s: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    over_selection: Annotated[float, Field(ge=1, le=100)] = 1.0
 
 
 class _Top(Settings):

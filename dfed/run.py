@@ -8,6 +8,7 @@ import os
 import signal
 from collections.abc import Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -236,6 +237,11 @@ def assemble(prepared: Prepared, link: Link, stop: StopFlag, *, clients_folder: 
                sample_evaluator=evaluators[-1] if config.metrics.effectiveness else None)
 
 
+def _num_drawn(config: Config, fleet: Fleet) -> int:
+    """Clients that the sampler is asked for; in exact decimals: 100 × 1.1 as floats is more than 110."""
+    return min(math.ceil(config.cohort * Fraction(str(config.server.over_selection))), fleet.num_clients)
+
+
 def _job(prepared: Prepared, link: Link, stop: StopFlag, clients_folder: Path | None) -> Job:
     config, planning, fleet, transport = prepared.config, prepared.planning, prepared.fleet, link.transport
     units = {name: planning.strategy.splitting.block_of(name) for name in planning.shapes
@@ -253,7 +259,8 @@ def _job(prepared: Prepared, link: Link, stop: StopFlag, clients_folder: Path | 
         )
     keeps_state = config.error_feedback or planning.strategy.keeps_state
     return Job(
-        seed=config.seed, rounds=config.rounds, cohort=config.cohort, exchange=config.exchange,
+        seed=config.seed, rounds=config.rounds, cohort=config.cohort, drawn=_num_drawn(config, fleet),
+        exchange=config.exchange,
         max_failed_fraction=config.server.max_failed_fraction, deadline_s=config.server.deadline_s,
         strategy=planning.strategy, strategy_name=config.strategy.name, shapes=planning.shapes,
         buffers=planning.buffers, fleet=fleet,

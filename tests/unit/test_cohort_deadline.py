@@ -197,14 +197,17 @@ def test_a_refused_client_is_waited_for_no_longer_than_the_deadline(make):
     assert plain[0].row["sim_time_s"] > 2.5  # 600 KiB at 100 kB/s
 
 
-def test_of_too_many_the_late_are_taken_away_first_and_then_the_slowest(make):
+# 1.1 × 10, by Oort itself and by the server; and 1.1 × ⌈1.01 × 10⌉ where both draw more.
+@pytest.mark.parametrize(("asked", "drawn"), [(("sampler=oort",), 11), (("server.over_selection=1.1",), 11),
+                                              (("sampler=oort", "server.over_selection=1.01"), 13)])
+def test_of_too_many_the_late_are_taken_away_first_and_then_the_slowest(make, asked, drawn):
     deadline, wanted = 3 * DEADLINE, 10
-    run, results = make("sampler=oort", f"cohort={wanted}", "memory.enforce=off", "fleet.tiers.1.dropout=0.05",
+    run, results = make(*asked, f"cohort={wanted}", "memory.enforce=off", "fleet.tiers.1.dropout=0.05",
                         "fleet.tiers.2.down=1e6", f"server.deadline_s={deadline}")
     state, kinds = first_state(run), set()
     for result in results:
         cohort = choose_cohort(run.job, begin(run.job.sampler, state, lambda state=state: run.job.view(state)))
-        assert len(cohort.plans) == 11  # 1.1 × 10
+        assert len(cohort.plans) == drawn
         there = sorted(set(cohort.plans) - cohort.dropped)
         whole = {client: Reference(run, state.round_index, client).whole() for client in there}
         in_time = [client for client in there if whole[client] <= deadline]
@@ -220,7 +223,22 @@ def test_of_too_many_the_late_are_taken_away_first_and_then_the_slowest(make):
         kinds.add((len(in_time) > wanted, bool(missing), cohort.waits_in_vain))
         state = result.state
     # Too many in time; too few; and as many as wanted, so that whoever is missing is not waited for.
-    assert kinds == {(True, False, False), (False, True, True), (False, True, False)}
+    assert kinds == {(True, False, False), (False, True, True), (False, True, False)} or drawn > 11
+
+
+@pytest.mark.parametrize(("factor", "drawn"), [(1, 6), (1.1, 7), (1.5, 9), (2.5, 15), (100, 20)])
+def test_over_selection_draws_more_than_are_wanted_but_not_more_than_there_are(make, factor, drawn):
+    calm = [f"fleet.tiers.{index}.{what}=0" for index, what in ((0, "straggle"), (1, "straggle"), (2, "straggle"), (1, "dropout"))]
+    run, results = make(f"server.over_selection={factor}", "memory.enforce=off", *calm)
+    assert run.job.drawn == drawn
+    for result in results:
+        done = [row for row in result.clients if row["status"] == "completed"]
+        late = [row for row in result.clients if row["reason"] == "late"]
+        assert (len(done), len(late), result.row["clients"]["selected"]) == (6, drawn - 6, drawn)
+        longest = max(row["sim_time_s"] for row in done)
+        assert result.row["sim_time_s"] == longest
+        for row in late:
+            assert Reference(run, row["round"], row["client"]).whole() >= longest * (1 - 1e-14)
 
 
 def test_who_asks_the_planner_is_told_and_who_does_not_finds_out(make):

@@ -8,6 +8,7 @@ import pytest
 import yaml
 
 from dfed.config import Choice, Config, load_config
+from dfed.fleet.settings import TierSettings
 from dfed.registry import STRATEGIES
 from dfed.settings import settings_of
 
@@ -170,3 +171,18 @@ def test_every_option_of_a_strategy_is_documented():
                     rows.setdefault(name, set()).update(cell.strip("` ") for cell in cells[1].split(","))
     for name in STRATEGIES:
         assert rows.get(name, set()) == set(settings_of(STRATEGIES.get(name), ("problem",)).model_fields), name
+
+
+def test_every_setting_of_a_group_is_documented():
+    page = (Path(__file__).parents[2] / "docs" / "config.md").read_text(encoding="utf-8")
+    tables = {}
+    for section in page.split("\n## ")[1:]:
+        title, _, text = section.partition("\n")
+        first_cells = [line.split("|")[1] for line in text.splitlines() if line.startswith("| `")]
+        for group in title.split(", "):
+            tables[group] = {name.strip("` ").removeprefix(f"{group}.") for cell in first_cells for name in cell.split(",")}
+    groups = _load().to_dict()
+    for group in ("fleet", "client", "server", "memory", "backend", "metrics", "checkpoint", "data"):
+        assert groups[group].keys() - tables[group] - {"schedule"} <= {"shape", "classes", "samples", "test_samples", "noise"}, group  # those of `synthetic`
+    assert {"seed", "rounds", "cohort", "exchange"} <= tables["Top level"]
+    assert set(TierSettings.model_fields) <= tables["fleet"]
