@@ -228,7 +228,7 @@ def test_of_too_many_the_late_are_taken_away_first_and_then_the_slowest(make, as
 
 @pytest.mark.parametrize(("factor", "drawn"), [(1, 6), (1.1, 7), (1.5, 9), (2.5, 15), (100, 20)])
 def test_over_selection_draws_more_than_are_wanted_but_not_more_than_there_are(make, factor, drawn):
-    calm = [f"fleet.tiers.{index}.{what}=0" for index, what in ((0, "straggle"), (1, "straggle"), (2, "straggle"), (1, "dropout"))]
+    calm = [f"fleet.tiers.{index}.straggle=0" for index in range(3)] + ["fleet.tiers.1.dropout=0"]
     run, results = make(f"server.over_selection={factor}", "memory.enforce=off", *calm)
     assert run.job.drawn == drawn
     for result in results:

@@ -181,8 +181,8 @@ def test_every_setting_of_a_group_is_documented():
         first_cells = [line.split("|")[1] for line in text.splitlines() if line.startswith("| `")]
         for group in title.split(", "):
             tables[group] = {name.strip("` ").removeprefix(f"{group}.") for cell in first_cells for name in cell.split(",")}
-    groups = _load().to_dict()
+    groups, of_synthetic = _load().to_dict(), {"shape", "classes", "samples", "test_samples", "noise"}
     for group in ("fleet", "client", "server", "memory", "backend", "metrics", "checkpoint", "data"):
-        assert groups[group].keys() - tables[group] - {"schedule"} <= {"shape", "classes", "samples", "test_samples", "noise"}, group  # those of `synthetic`
+        assert groups[group].keys() - tables[group] - {"schedule"} <= of_synthetic, group
     assert {"seed", "rounds", "cohort", "exchange"} <= tables["Top level"]
     assert set(TierSettings.model_fields) <= tables["fleet"]

@@ -167,7 +167,8 @@ ONE_FAULT = [
      "`server.optimizer` must be a name, or a group of settings with a `name`, but is {'learning_rate': 1}."),
     ("server.optimizer={name: adam, beta: 1}", "Did you mean 'beta2'?"),
     ("server.optimiser=sgd",
-     "`server.optimiser` is not a setting; known here: optimizer, deadline_s, max_failed_fraction, over_selection. Did you mean 'optimizer'?"),
+     "`server.optimiser` is not a setting; known here: optimizer, deadline_s, max_failed_fraction, over_selection. "
+     "Did you mean 'optimizer'?"),
     ("server=3", "`server` must be a group of settings, but is 3."),
     # Data.
     ("data=", "`data` must be a group of settings with a `dataset`, but is null."),
