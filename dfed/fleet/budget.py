@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 from collections import Counter
@@ -68,6 +69,7 @@ def parse_memory(value: object) -> int | float | None:
     raise ValueError(_not_memory(value))
 
 
+@functools.lru_cache(maxsize=4096)  # a fleet's file says the same of many clients
 def _memory_from_text(text: str) -> int | float | None:
     for number in (int, float):
         try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import functools
 from collections import Counter
 from collections.abc import Callable
 
@@ -150,6 +151,7 @@ def _is_blank(cells: list[str]) -> bool:
     return not cells or (len(cells) == 1 and cells[0].isspace())
 
 
+@functools.lru_cache(maxsize=4096)
 def _scalar(cell: str) -> int | float | str:
     for number in (int, float):
         try:
