@@ -31,6 +31,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from dfed.comm.processor import piece_length
 from dfed.errors import DfedError, SumsLost, UpdateRejected
 from dfed.region import WHOLE, Region
 
@@ -39,7 +40,7 @@ __all__ = ["MIN_RANGE", "PartialSums", "SumsBuffer", "value_range", "weight_scal
 MIN_RANGE = 2.0**14
 _HEADROOM = 64.0
 _SMALL_NORM = 0.99 * MIN_RANGE / _HEADROOM  # the rest is for the rounding of the norm
-_CHUNK = 65_536  # float64 chunks of 512 KiB stay in a core's second-level cache
+_CHUNK = piece_length(65_536)  # float64 chunks of 512 KiB stay in a core's second-level cache
 _UNDIVIDED = 32_768  # torch never divides so few entries among threads, at places that are no whole vectors
 _LANES = 64  # a multiple of what any processor's vectors hold
 
@@ -251,19 +252,22 @@ class PartialSums:
         Args:
             settles: Whether the offset is taken away, too.
         """
-        total = sums.numel()
-        fused = total - total % _LANES if _fuses() else 0
-        for start in range(0, total, self._chunk):
-            stop = min(start + self._chunk, total)
-            whole = max(0, min(stop, fused) - start)
-            for value, weight in parts:
-                scratch = self._scratch[:stop - start].copy_(value[start:stop])
-                if whole:
-                    sums[start:start + whole].add_(scratch[:whole], alpha=weight)
-                if whole < stop - start:
-                    sums[start + whole:stop].add_(_rounded(scratch[whole:], weight, offset))
+        fused = sums.numel() // _LANES * _LANES if _fuses() else 0
+        weights = [weight for _, weight in parts]
+        pieces = (tensor[:fused].split(self._chunk) for tensor in (sums, *(value for value, _ in parts)))
+        for target, *values in zip(*pieces, strict=True):
+            scratch = self._scratch[:target.numel()]
+            for value, weight in zip(values, weights, strict=True):
+                target.add_(scratch.copy_(value), alpha=weight)
             if settles:
-                sums[start:stop].sub_(offset)
+                target.sub_(offset)
+        for start in range(fused, sums.numel(), self._chunk):
+            rest = slice(start, min(start + self._chunk, sums.numel()))
+            for value, weight in parts:
+                scratch = self._scratch[:rest.stop - start].copy_(value[rest])
+                sums[rest].add_(_rounded(scratch, weight, offset))
+            if settles:
+                sums[rest].sub_(offset)
 
 
 class SumsBuffer:

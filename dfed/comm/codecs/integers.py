@@ -16,12 +16,13 @@ from pydantic import Field
 from torch import Tensor
 
 from dfed.comm.codecs.base import Codec
+from dfed.comm.processor import piece_length
 from dfed.errors import WireError
 from dfed.rng import torch_generator
 
 __all__ = ["AffineInt8", "Int4", "Int8", "Stochastic"]
 
-_PIECE = 1 << 17  # entries; a float32 piece of 512 KiB stays in a core's second-level cache
+_PIECE = piece_length(1 << 17)  # entries; a float32 piece of 512 KiB stays in a core's second-level cache
 _SMALLEST_STEP = 1e-37
 
 Axis = Literal["channel", "tensor"]
