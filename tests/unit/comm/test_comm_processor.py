@@ -12,8 +12,8 @@ def cache(folder, number, level, size):
     (place / "size").write_text(size, encoding="ascii")
 
 
-@pytest.mark.parametrize(("size", "expected"), [("512K\n", 400), ("1023K", 400), ("1024K\n", 100), ("2M\n", 100), ("262144", 400),
-                                                ("much", 100), ("", 100)])
+@pytest.mark.parametrize(("size", "expected"), [("512K\n", 400), ("1023K", 400), ("1024K\n", 100), ("2M\n", 100),
+                                                ("262144", 400), ("much", 100), ("", 100)])
 def test_pieces_are_longer_where_the_second_level_cache_is_small(tmp_path, monkeypatch, size, expected):
     cache(tmp_path, 0, 1, "32K\n")
     cache(tmp_path, 1, 2, size)
