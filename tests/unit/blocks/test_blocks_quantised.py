@@ -12,6 +12,7 @@ from torch import nn
 
 from dfed.blocks import freeze_int8
 from dfed.blocks.int8 import dequantise, quantise
+from dfed.blocks.int8_kernels import has_full_range
 from dfed.blocks.quantised import Frozen
 from dfed.models import build_chain, materialise
 from dfed.rng import torch_generator
@@ -123,14 +124,16 @@ def test_whole_units_of_models(name):
         x = normal(2, *inputs[unit], key=1).requires_grad_()
         other = x.detach().clone().requires_grad_()
         right, got = real(x), held(other)
-        # Each layer adds 1.2 % (see the kernels' tests), three of them on a path at most; shortcuts dilute it.
-        assert relative(got, right) < 0.03, unit
+        # Each layer adds 1.2 % (see the kernels' tests), three of them on a path at most; shortcuts dilute it. Where the processor
+        # has no dot product of bytes, inputs and gradients have half as many codes.
+        halved = 1 if has_full_range() else 2
+        assert relative(got, right) < 0.03 * halved, unit
         assert got.is_contiguous()
         grad = normal(*right.shape, key=3)
         for out, leaf in ((right, x), (got, other)):
             out.backward(grad)
             assert leaf.grad.is_contiguous()
-        assert relative(other.grad, x.grad) < 0.05, unit
+        assert relative(other.grad, x.grad) < 0.05 * halved, unit
 
 
 def saved_bytes(model, x: torch.Tensor) -> tuple[torch.Tensor, int]:
