@@ -95,9 +95,11 @@ class Cohort:
         dropped: Clients that vanish during the round.
         refused: Clients whose predicted peak exceeds their budget, where ``memory.enforce`` is ``predicted``.
         late: Clients that no rank plays, as the server does not take what they would send: they would be done after the
-            deadline, or more were drawn than wanted, and these are the slowest of the others.
-        waits_in_vain: Whether the server waits until the deadline for some that do not answer: they dropped out, or would
-            be done after it. It does not where as many as wanted are there by then.
+            deadline, or more were drawn than wanted, and these are the slowest of the others. One that fails while it trains
+            is not known beforehand, and is not replaced.
+        wanted: How many clients' updates the round takes at most.
+        is_missing: Whether somebody dropped out, or would be done after the deadline: where fewer than wanted complete the
+            round, the server waits for these until then.
     """
 
     plans: Mapping[int, Plan]
@@ -105,7 +107,8 @@ class Cohort:
     dropped: frozenset[int]
     refused: frozenset[int]
     late: frozenset[int]
-    waits_in_vain: bool
+    wanted: int
+    is_missing: bool
     ineligible: int
     unavailable: int
 
@@ -145,10 +148,10 @@ def choose_cohort(job: Job, state: ServerState) -> Cohort:
     if len(present) > job.cohort:
         present.sort(key=lambda client: (times[client], client))
     late = too_slow.union(present[job.cohort :])
-    waits_in_vain = job.deadline_s is not None and bool(dropped | too_slow) and len(present) < job.cohort
     costs = {c: sum(_work(job, c, plans[c])) for c in present if c not in late}
     ranks = _assign(costs, job.transport.client_ranks)
-    return Cohort({c: plans[c] for c in chosen}, ranks, dropped, refused, late, waits_in_vain, **in_vain)
+    return Cohort({c: plans[c] for c in chosen}, ranks, dropped, refused, late, job.cohort,
+                  bool(dropped | too_slow), **in_vain)
 
 
 def _is_over_budget(job: Job, client: int, plan: Plan) -> bool:

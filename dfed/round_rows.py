@@ -78,7 +78,8 @@ def round_row(
 
 def _round_time(cohort: Cohort, clients: Sequence[Mapping[str, Any]], deadline_s: float | None) -> float:
     """Simulated seconds from the first byte sent until the server waits no longer."""
-    if deadline_s is not None and cohort.waits_in_vain:
+    num_done = sum(row["status"] == "completed" for row in clients)
+    if deadline_s is not None and cohort.is_missing and num_done < cohort.wanted:
         return deadline_s
     waited_for = [Cost(row["sim_time_s"], 0.0, 0.0, row["energy_j"]) for row in clients if row["client"] not in cohort.late]
     longest = round_time(waited_for)

@@ -40,7 +40,7 @@ __all__ = ["MIN_RANGE", "PartialSums", "SumsBuffer", "value_range", "weight_scal
 MIN_RANGE = 2.0**14
 _HEADROOM = 64.0
 _SMALL_NORM = 0.99 * MIN_RANGE / _HEADROOM  # the rest is for the rounding of the norm
-_CHUNK = piece_length(65_536)  # float64 chunks of 512 KiB stay in a core's second-level cache
+_CHUNK = piece_length(65_536)  # float64 chunks of 512 KiB stay in a large second-level cache
 _UNDIVIDED = 32_768  # torch never divides so few entries among threads, at places that are no whole vectors
 _LANES = 64  # a multiple of what any processor's vectors hold
 

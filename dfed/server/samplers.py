@@ -59,11 +59,11 @@ class StatefulSampler(ABC):
     def cohort(self, state: Mapping[str, Any], view: View, *, size: int, admit: Callable[[int], bool]) -> list[int]:
         """Distinct clients that ``admit`` accepts, ``size`` or more if there are so many.
 
-        If more are drawn than ``size``, besides those that vanish during the round, the server waits for the ``size`` that
-        finish first; the others train in vain.
+        If more are drawn than the cohort's size, besides those that vanish during the round, the server waits for as many as
+        that, those that finish first; the others train in vain.
 
         Args:
-            size: Clients wanted, at least 1.
+            size: Clients to draw, at least 1: the cohort's size times ``server.over_selection``.
             admit: Whether a client is available and has a plan; to be asked once for each client at most. Does not depend on
                 the order of asking.
         """

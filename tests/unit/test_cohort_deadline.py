@@ -18,6 +18,7 @@ from dfed.planner import ClientPlanner, Limits
 from dfed.planner.costs import with_batch
 from dfed.rng import uniform
 from dfed.round import lead_round
+from dfed.round_rows import round_row
 
 SMALL = {
     "rounds": 8,
@@ -169,8 +170,8 @@ def test_late_clients_are_in_no_order_and_in_no_sum(make):
         missed = {client for client in all_of_them.ranks if Reference(run, round_index, client).whole() > DEADLINE}
         assert cohort.late == missed
         assert cohort.ranks.keys() == all_of_them.ranks.keys() - missed
-        assert cohort.waits_in_vain == bool(missed or cohort.dropped)
-        assert not all_of_them.waits_in_vain
+        assert (cohort.wanted, cohort.is_missing) == (6, bool(missed or cohort.dropped))
+        assert all_of_them.is_missing == bool(all_of_them.dropped)
         order = encode_order(run.job, state, cohort)
         assert {task["client"] for tasks in order.meta["tasks"].values() for task in tasks} == cohort.ranks.keys()
         late += len(missed)
@@ -198,9 +199,12 @@ def test_a_refused_client_is_waited_for_no_longer_than_the_deadline(make):
 
 
 # 1.1 × 10, by Oort itself and by the server; and 1.1 × ⌈1.01 × 10⌉ where both draw more.
-@pytest.mark.parametrize(("asked", "drawn"), [(("sampler=oort",), 11), (("server.over_selection=1.1",), 11),
-                                              (("sampler=oort", "server.over_selection=1.01"), 13)])
-def test_of_too_many_the_late_are_taken_away_first_and_then_the_slowest(make, asked, drawn):
+@pytest.mark.parametrize(("asked", "drawn", "expected"), [
+    (("sampler=oort",), 11, {"too many", "too few", "as many as wanted"}),
+    (("server.over_selection=1.1",), 11, {"too many", "too few", "as many as wanted"}),
+    (("sampler=oort", "server.over_selection=1.01"), 13, {"too many"}),
+])
+def test_of_too_many_the_late_are_taken_away_first_and_then_the_slowest(make, asked, drawn, expected):
     deadline, wanted = 3 * DEADLINE, 10
     run, results = make(*asked, f"cohort={wanted}", "memory.enforce=off", "fleet.tiers.1.dropout=0.05",
                         "fleet.tiers.2.down=1e6", f"server.deadline_s={deadline}")
@@ -215,15 +219,17 @@ def test_of_too_many_the_late_are_taken_away_first_and_then_the_slowest(make, as
         assert cohort.ranks.keys() == set(in_time[:wanted])
         assert cohort.late == set(there) - set(in_time[:wanted])
         missing = cohort.dropped | set(there) - set(in_time)
-        assert cohort.waits_in_vain == (len(in_time) < wanted and bool(missing))
+        assert (cohort.wanted, cohort.is_missing) == (wanted, bool(missing))
+        waits = bool(missing) and len(in_time) < wanted
         rows = [row for row in result.clients if row["client"] not in cohort.late]
         longest = max((row["sim_time_s"] for row in rows), default=0.0)
-        assert result.row["sim_time_s"] == (deadline if cohort.waits_in_vain else min(deadline, longest))
+        assert result.row["sim_time_s"] == (deadline if waits else min(deadline, longest))
         assert {row["client"] for row in result.clients if row["reason"] == "late"} == cohort.late
-        kinds.add((len(in_time) > wanted, bool(missing), cohort.waits_in_vain))
+        kinds.add((len(in_time) > wanted, bool(missing), waits))
         state = result.state
-    # Too many in time; too few; and as many as wanted, so that whoever is missing is not waited for.
-    assert kinds == {(True, False, False), (False, True, True), (False, True, False)} or drawn > 11
+    # Where as many as wanted are in time, whoever is missing is not waited for.
+    assert expected <= {"too many" if more else "too few" if waits else "as many as wanted" for more, _, waits in kinds}
+    assert all(missing for more, missing, _ in kinds if not more)
 
 
 @pytest.mark.parametrize(("factor", "drawn"), [(1, 6), (1.1, 7), (1.5, 9), (2.5, 15), (100, 20)])
@@ -239,6 +245,22 @@ def test_over_selection_draws_more_than_are_wanted_but_not_more_than_there_are(m
         assert result.row["sim_time_s"] == longest
         for row in late:
             assert Reference(run, row["round"], row["client"]).whole() >= longest * (1 - 1e-14)
+
+
+def test_the_server_waits_for_the_missing_where_too_few_complete_the_round(make):
+    """Who fails while training is not known when the cohort is made, and is not replaced."""
+    run, results = make("server.over_selection=1.5", "memory.enforce=off", f"server.deadline_s={3 * DEADLINE}")
+    seen = set()
+    for result, state in zip(results, [first_state(run), *(each.state for each in results)], strict=False):
+        cohort = choose_cohort(run.job, state)
+        rows = [dict(row) for row in result.clients]
+        done = [row for row in rows if row["status"] == "completed"]
+        assert round_row(cohort, rows, state.round_index, 3 * DEADLINE)["sim_time_s"] == result.row["sim_time_s"]
+        done[0].update(status="oom", reason="oom")
+        fewer = round_row(cohort, rows, state.round_index, 3 * DEADLINE)["sim_time_s"]
+        assert fewer == (3 * DEADLINE if cohort.is_missing else result.row["sim_time_s"])
+        seen.add((cohort.is_missing, len(done)))
+    assert (True, 6) in seen  # where nobody was waited for, as six were done
 
 
 def test_who_asks_the_planner_is_told_and_who_does_not_finds_out(make):

@@ -148,6 +148,19 @@ def test_what_evaluation_decides_counts_where_it_decides_something():
     assert _load(*on_validation).fingerprint() == _load(*on_validation, "rounds=9").fingerprint()
 
 
+def test_settings_that_came_later_leave_older_checkpoints_valid():
+    """Hashes of what version 0.1.0 had before `client.conv_parts` and `server.over_selection`."""
+    config = _load()
+    older = {name: dict(group) if isinstance(group, dict) else group for name, group in config.to_dict().items()}
+    for group, name, other in (("client", "conv_parts", 2), ("server", "over_selection", 1.5)):
+        assert older[group].pop(name) == 1
+        assert _load(f"{group}.{name}={other}").fingerprint() != config.fingerprint()
+    loaded = load_config(None, base=older)
+    assert loaded == config
+    quickstart = load_config(CONFIGS / "quickstart.yaml")
+    assert quickstart.fingerprint() == "73a7046362e3251130815baeaef0ff660c8d1123c2a60712e36f7619040d84ad"
+
+
 def test_a_checkpoint_belongs_to_a_kind_of_device():
     assert _load().fingerprint("cpu") == _load().fingerprint() != _load().fingerprint("cuda")
 

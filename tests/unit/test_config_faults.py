@@ -169,6 +169,11 @@ ONE_FAULT = [
     ("server.optimiser=sgd",
      "`server.optimiser` is not a setting; known here: optimizer, deadline_s, max_failed_fraction, over_selection. "
      "Did you mean 'optimizer'?"),
+    ("server.over_selection=0.5", "`server.over_selection` must be at least 1, but is 0.5."),
+    ("server.over_selection=101", "`server.over_selection` must be at most 100, but is 101."),
+    ("server.over_selection=.nan", "`server.over_selection` must be"),
+    ("server.over_selection=true", "`server.over_selection` must be"),
+    ("server.over_selection=null", "`server.over_selection` must be"),
     ("server=3", "`server` must be a group of settings, but is 3."),
     # Data.
     ("data=", "`data` must be a group of settings with a `dataset`, but is null."),

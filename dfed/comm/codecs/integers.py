@@ -22,7 +22,7 @@ from dfed.rng import torch_generator
 
 __all__ = ["AffineInt8", "Int4", "Int8", "Stochastic"]
 
-_PIECE = piece_length(1 << 17)  # entries; a float32 piece of 512 KiB stays in a core's second-level cache
+_PIECE = piece_length(1 << 17)  # entries; a float32 piece of 512 KiB stays in a large second-level cache
 _SMALLEST_STEP = 1e-37
 
 Axis = Literal["channel", "tensor"]

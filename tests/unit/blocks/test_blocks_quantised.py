@@ -124,8 +124,8 @@ def test_whole_units_of_models(name):
         x = normal(2, *inputs[unit], key=1).requires_grad_()
         other = x.detach().clone().requires_grad_()
         right, got = real(x), held(other)
-        # Each layer adds 1.2 % (see the kernels' tests), three of them on a path at most; shortcuts dilute it. Where the processor
-        # has no dot product of bytes, inputs and gradients have half as many codes.
+        # Each layer adds 1.2 % (see the kernels' tests), three of them on a path at most; shortcuts dilute it. Where the
+        # processor has no dot product of bytes, inputs and gradients have half as many codes.
         halved = 1 if has_full_range() else 2
         assert relative(got, right) < 0.03 * halved, unit
         assert got.is_contiguous()
