@@ -13,23 +13,27 @@ the clients of the round that hold it. The model is evaluated by the mean of the
 
 Deviations: the means are weighted by samples, and Σ_k (θ_k − θ^t) is taken as the number of holders times what the mean
 moved (for clients of equal size the same). With a server optimiser other than plain ``sgd``, its result stands for the
-mean. Depths end where :func:`dfed.blocks.cut_points` says, and a classifier is what :func:`dfed.blocks.classifier` makes,
-where the authors write a residual network with bottlenecks by hand.
+mean. Depths end where :func:`dfed.blocks.cut_points` says. The authors write classifiers with bottlenecks by hand, for one
+residual network; here a classifier is what :func:`dfed.blocks.classifier` makes, or with ``exits: bottleneck``, closer to
+theirs, what :func:`dfed.blocks.output_module` makes: a light layer for each depth that is missing, then the model's own head.
 """
 
 from __future__ import annotations
 
+import functools
+import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import torch
 import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from dfed.blocks import ExitChain, check_names, classifier, cut_points
+from dfed.blocks import ExitChain, check_names, classifier, cut_points, output_module
+from dfed.models import Chain
 from dfed.models.layers import Count
 from dfed.plan import Phase, Plan
 from dfed.state import ServerState
@@ -46,15 +50,19 @@ class DepthFL(Strategy):
         cuts: The last unit of each prefix but the last, instead; null: see :func:`dfed.blocks.cut_points`.
         alpha: α of FedDyn; 0: without.
         ramp_rounds: T, rounds after which depths learn from each other in full.
+        exits: The classifiers on the way: ``linear``: an average over the image and a linear layer; ``bottleneck``: one 3 × 3
+            convolution (or what there is for tokens and vectors) for each depth that is missing, then a copy of the head.
     """
 
     def __init__(self, problem: Problem, *, depths: Count = 4, cuts: list[str] | None = None,
-                 alpha: Annotated[float, Field(ge=0)] = 0.1, ramp_rounds: Count = 300):
+                 alpha: Annotated[float, Field(ge=0)] = 0.1, ramp_rounds: Count = 300,
+                 exits: Literal["linear", "bottleneck"] = "linear"):
         self.stops = cut_points(problem.chain, depths, cuts)
-        extras = {f"exit{depth}": classifier(problem.chain, stop) for depth, stop in enumerate(self.stops[:-1], start=1)}
+        make = {"linear": classifier, "bottleneck": functools.partial(_bottleneck, stops=self.stops)}[exits]
+        extras = {f"exit{depth}": make(problem.chain, stop) for depth, stop in enumerate(self.stops[:-1], start=1)}
         check_names(problem.chain, extras)
         super().__init__(problem, extras)
-        self.alpha, self.ramp_rounds = alpha, ramp_rounds
+        self.alpha, self.ramp_rounds, self.exits = alpha, ramp_rounds, exits
         self.keeps_state = alpha > 0
         self._parameters = frozenset(self._parameter_names())
 
@@ -63,7 +71,7 @@ class DepthFL(Strategy):
         return [*(name for name, _ in self.problem.chain.named_parameters()), *own]
 
     def training_key(self) -> list[Any]:
-        return ["depthfl", list(self.stops), self.alpha > 0]
+        return ["depthfl", list(self.stops), self.alpha > 0, self.exits]
 
     def plan(self, state: ServerState, candidate: Candidate) -> Plan | None:
         progress = min(candidate.round_index, self.ramp_rounds) / self.ramp_rounds
@@ -137,6 +145,13 @@ class DepthFL(Strategy):
 
     def variant_of(self, plan: Plan) -> str | None:
         return f"exit{plan.options.get('depth', len(self.stops))}"
+
+
+def _bottleneck(chain: Chain, stop: int, stops: Sequence[int]) -> nn.Module:
+    """The output module behind the first ``stop`` units of a chain, of which depths end with ``stops``."""
+    names = chain.unit_names
+    later = [names[start:end] for start, end in itertools.pairwise(stops) if start >= stop]
+    return output_module(chain, [names[:stop], *later])
 
 
 def _disagreement(scores: list[Tensor]) -> Tensor:

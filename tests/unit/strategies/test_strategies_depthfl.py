@@ -92,9 +92,10 @@ def naive_loss(scores, y, weight):
     return total
 
 
+@pytest.mark.parametrize("exits", ["linear", "bottleneck"])
 @pytest.mark.parametrize("depth", [1, 2, 4])
-def test_the_loss_and_its_gradients(depth):
-    small = Small("depthfl", alpha=0.0)
+def test_the_loss_and_its_gradients(depth, exits):
+    small = Small("depthfl", alpha=0.0, exits=exits)
     assert not small.strategy.keeps_state
     plan, (x, y) = at(small, depth, 0.7), data()
     model, naive, full = small.model(plan), small.model(plan), small.model(at(small, 4))
@@ -211,10 +212,36 @@ def test_a_first_turn_needs_what_later_ones_need():
     assert small.costs.peak_bytes_at(plan) >= plain.costs.peak_bytes_at(at(plain, 4)) + 2 * weights  # where it stood, and ∇L
 
 
+def test_bottlenecks_stand_in_for_the_depths_that_are_missing():
+    small = Small("depthfl", exits="bottleneck")
+    shapes = [{name: shape for name, shape in small.shapes.items() if name.startswith(f"exit{depth}.")} for depth in (1, 2, 3)]
+    head = {name.partition(".")[2]: shape for name, shape in small.shapes.items() if name.startswith("head.")}
+    steps = [(6, 4, 3, 3), (5, 6, 3, 3), (8, 5)]  # to the channels of conv1 and conv2, and to the hidden layer's
+    for depth, found in enumerate(shapes, start=1):
+        values = [shape for name, shape in found.items() if ".head." not in name]
+        assert values == steps[depth - 1:]
+        assert {name.partition(".head.")[2]: shape for name, shape in found.items() if ".head." in name} == head
+    linear = Small("depthfl")
+    assert small.strategy.training_key() != linear.strategy.training_key()
+    for depth in (1, 2, 3):
+        assert small.costs.peak_bytes_at(at(small, depth)) > linear.costs.peak_bytes_at(at(linear, depth))
+    x = data()[0]
+    outputs = small.model(at(small, 4)).train()(x.double())
+    assert [tuple(each.shape) for each in outputs] == [(len(x), CLASSES)] * 4
+
+
+@pytest.mark.parametrize("model", ["resnet8", "vgg11_bn", "vit_tiny", "mlp"])
+def test_bottlenecks_behind_any_chain(model):
+    options = {"vit_tiny": {"depth": 4, "width": 24}}.get(model, {})
+    strategy = Small("depthfl", model, options, shape=(3, 32, 32), exits="bottleneck").strategy
+    scores = strategy.build(strategy.plan_at(len(strategy.stops)))(torch.empty(2, 3, 32, 32, device="meta"))
+    assert [tuple(each.shape) for each in scores] == [(2, CLASSES)] * len(strategy.stops)
+
+
 def test_settings():
     settings = settings_of(STRATEGIES.get("depthfl"))
-    assert settings().model_dump() == {"depths": 4, "cuts": None, "alpha": 0.1, "ramp_rounds": 300}
-    for bad in ({"depths": 0}, {"alpha": -0.1}, {"ramp_rounds": 0}, {"cuts": "conv0"}):
+    assert settings().model_dump() == {"depths": 4, "cuts": None, "alpha": 0.1, "ramp_rounds": 300, "exits": "linear"}
+    for bad in ({"depths": 0}, {"alpha": -0.1}, {"ramp_rounds": 0}, {"cuts": "conv0"}, {"exits": "none"}):
         with pytest.raises(ValueError, match=next(iter(bad))):
             settings(**bad)
     assert Small("depthfl", cuts=["conv1"]).strategy.stops == (2, 5)
