@@ -21,7 +21,7 @@ from __future__ import annotations
 import gc
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
@@ -156,10 +156,12 @@ class CpuCap(Uncapped):
         import resource  # not on every platform
 
         soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
-        with super().guard(budget_bytes) as meter, malloc.fill_holes():
+        reserve = malloc.SmallReserve()
+        with closing(reserve), super().guard(budget_bytes) as meter, malloc.fill_holes():
             limit = measure.data_segment_bytes() + budget_bytes
             limit = limit if soft == resource.RLIM_INFINITY else min(limit, soft)
             resource.setrlimit(resource.RLIMIT_DATA, (limit, hard))
+            reserve.release()
             try:
                 yield meter
             finally:

@@ -15,11 +15,13 @@ import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-__all__ = ["MMAP_THRESHOLD_BYTES", "fill_holes", "is_glibc", "roomy", "tight", "trim"]
+__all__ = ["MMAP_THRESHOLD_BYTES", "SmallReserve", "fill_holes", "is_glibc", "roomy", "tight", "trim"]
 
 MMAP_THRESHOLD_BYTES = 16 * 1024
 _ROOMY_BYTES = 1 << 30
 _LARGEST_FILLING_BYTES = 1 << 25
+_RESERVED_BLOCKS = 64
+_RESERVED_BLOCK_BYTES = MMAP_THRESHOLD_BYTES - 64  # no request that would become a mapping of its own is served from it
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8
 _IS_MAPPING = 2  # bit of the size that glibc keeps in the word before each block
 
@@ -31,6 +33,13 @@ def is_glibc() -> bool:
 
 def _libc() -> ctypes.CDLL:
     return ctypes.CDLL(None)
+
+
+def _allocating() -> ctypes.CDLL:
+    libc = _libc()
+    libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
+    libc.free.restype, libc.free.argtypes = None, [ctypes.c_void_p]
+    return libc
 
 
 def tight() -> bool:
@@ -58,15 +67,39 @@ def trim() -> None:
         _libc().malloc_trim(0)
 
 
+class SmallReserve:
+    """1 MiB of the heap for blocks of less than 16 KiB, so that they are there when a cap has no byte left for tensors.
+
+    oneDNN does not look whether it got such a block, and the process ends with a null pointer. Made before the cap is set
+    (after :func:`tight`); :meth:`release` makes holes of it, too small for any large block, each between two blocks that stay.
+    """
+
+    def __init__(self) -> None:
+        self._libc = _allocating()
+        blocks = sorted(filter(None, (self._libc.malloc(_RESERVED_BLOCK_BYTES) for _ in range(2 * _RESERVED_BLOCKS))))
+        self._blocks, self._partitions = blocks[0::2], blocks[1::2]  # every other one stays: holes side by side become one
+
+    def release(self) -> None:
+        """Make holes of every other block."""
+        self._free(self._blocks)
+
+    def close(self) -> None:
+        """Give everything back."""
+        self._free(self._blocks)
+        self._free(self._partitions)
+
+    def _free(self, blocks: list[int]) -> None:
+        while blocks:
+            self._libc.free(blocks.pop())
+
+
 @contextmanager
 def fill_holes() -> Iterator[None]:
     """Keep the heap's holes of 16 KiB or more occupied while the body runs; their pages are not touched.
 
     To be called after :func:`tight`, in the thread whose memory is to be counted.
     """
-    libc, fillings, size = _libc(), [], _LARGEST_FILLING_BYTES
-    libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
-    libc.free.restype, libc.free.argtypes = None, [ctypes.c_void_p]
+    libc, fillings, size = _allocating(), [], _LARGEST_FILLING_BYTES
     while size >= MMAP_THRESHOLD_BYTES:
         block = libc.malloc(size)
         if block and not ctypes.c_size_t.from_address(block - ctypes.sizeof(ctypes.c_size_t)).value & _IS_MAPPING:

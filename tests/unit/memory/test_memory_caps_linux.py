@@ -270,3 +270,29 @@ def test_tight_and_roomy_allocators():
         assert left < MIB + 64 * 1024  # and goes back to the kernel at once; the last block is still there
     for grown, left in seen["roomy blocks"]:
         assert left >= grown - MIB  # freed memory stays in the process
+
+
+def test_small_blocks_are_there_when_the_budget_is_used_up():
+    """oneDNN does not look whether it got one."""
+    code = """
+import ctypes, torch
+from dfed.memory import malloc, make_cap, MemorySettings
+torch.set_num_threads(1)
+cap = make_cap(MemorySettings(), torch.device("cpu"), has_budgets=True)
+libc = malloc._allocating()
+with cap.guard(4 << 20):
+    held = []
+    try:
+        while True:
+            held.append(torch.empty(4096))  # 16 KiB: a mapping of its own
+    except RuntimeError as error:
+        assert "can't allocate" in str(error), error
+    small = [libc.malloc(8000) for _ in range(64)]
+    assert all(small)
+    large = libc.malloc(64 << 10)
+    for block in small:
+        libc.free(block)
+print("large refused" if not large else "leak")
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split("\n")[0] == "large refused"
