@@ -87,8 +87,6 @@ class TrainConfig:
         value["on"] = [device, self.backend.threads]  # sums inside kernels depend on how they are shared out
         if self.training.schedule.name != "cosine" and "epochs" not in keyed:
             del value["training"]["epochs"]
-        if value["training"].get("conv_parts") == 1:  # it came later: checkpoints made before do not have it
-            del value["training"]["conv_parts"]
         if self.fleet is not None and self.fleet.csv is not None:
             path = Path(self.fleet.csv)  # what it holds counts; a missing file is the fleet's to report
             value["fleet"]["csv"] = hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
