@@ -14,6 +14,8 @@ from dfed.errors import ConfigError
 from dfed.faults import faults_of
 from dfed.fleet import DeviceProfile, Fleet
 from dfed.forecast import Forecast, TierRow, asking, device_order
+from dfed.planner.children import in_children
+from dfed.planner.store import apart
 from dfed.planning import Planning
 from dfed.registry import STRATEGIES, calling
 from dfed.run import Prepared, prepare
@@ -48,7 +50,8 @@ def prepare_to_plan(config: Config) -> Prepared:
     """
     wanted = config.backend.device
     on_gpu = wanted == "cuda" or (wanted == "auto" and torch.cuda.is_available())
-    return prepare(config, torch.device("cuda" if on_gpu else "cpu"), to_run=False)
+    with apart():
+        return prepare(config, torch.device("cuda" if on_gpu else "cpu"), to_run=False)
 
 
 def choices(config: Config, names: Sequence[str] | None) -> list[Choice]:
@@ -130,6 +133,12 @@ class Survey:
                 rows.append(forecast.row(tier.profiles, np.bincount(tier.devices), found, mean))
         return rows, self._participation(np.sort(np.concatenate(able)))
 
+    def under_each(self, choices: Sequence[Choice]) -> list[tuple[list[TierRow], Participation]]:
+        """As :meth:`under` for each of ``choices``, several at a time where this process may use several cores."""
+        found = in_children(self.under, choices)
+        # What came to nothing there is asked here, which says why.
+        return [self.under(choice) if answer is None else answer for choice, answer in zip(choices, found, strict=True)]
+
     def _participation(self, able: np.ndarray) -> Participation:
         """What these clients, in ascending order, come to."""
         key = able.tobytes()
@@ -151,3 +160,4 @@ class Survey:
             if met.all():
                 break
         return int(met.sum())
+

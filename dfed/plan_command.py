@@ -175,7 +175,7 @@ def _find(config: Config, options: argparse.Namespace) -> Findings:
             choices = overview.choices(config, names)
     prepared = overview.prepare_to_plan(config)
     survey = overview.Survey(prepared)
-    strategies = [(choice.name, *survey.under(choice)) for choice in choices]
+    strategies = [(choice.name, *found) for choice, found in zip(choices, survey.under_each(choices), strict=True)]
     with asking("fedavg", config.model.name):
         about = _about_the_model(prepared, options)
     return Findings(

@@ -14,7 +14,7 @@ from dfed.central.peaks import Peaks
 from dfed.central.session import Session
 from dfed.memory import predict_course
 from dfed.planner.costs import what_counts
-from dfed.planner.flops import flop_counter, flops_by_type
+from dfed.planner.flops import flop_counter, flops_of
 from dfed.planner.store import describe
 
 if TYPE_CHECKING:
@@ -87,7 +87,7 @@ def _training_flops(method: PrefixMethod, depth: int) -> list[float]:
             _step(session, method, depth, _FLOP_BATCH)
 
     predict_course(lambda: _empty(session), work)
-    return [count / _FLOP_BATCH for count in flops_by_type(counter)]
+    return [count / _FLOP_BATCH for count in flops_of(counter)]
 
 
 def _forward_flops(method: PrefixMethod, depth: int) -> float:

@@ -19,7 +19,7 @@ from dfed.memory import predict_course
 from dfed.models import Chain
 from dfed.planner import Store
 from dfed.planner.costs import what_counts
-from dfed.planner.flops import flop_counter, flops_by_type
+from dfed.planner.flops import flop_counter, flops_of
 from dfed.planner.store import describe
 
 __all__ = ["LayerCosts", "LocalCosts"]
@@ -125,7 +125,7 @@ class LocalCosts:
                 passes[place] = seen.get_total_flops()
 
         predict_course(lambda: self._trained(before, layer), work)
-        return [state[0], *(count / _FLOP_BATCH for count in (*flops_by_type(counter), *passes))]
+        return [state[0], *(count / _FLOP_BATCH for count in (*flops_of(counter), *passes))]
 
     def _trained(self, session: Session, layer: int) -> Loaded:
         """What there is after a step, the optimiser's tensors included."""

@@ -44,11 +44,11 @@ class Peaks:
     @functools.cached_property
     def _line(self) -> PeakLine | None:
         lines = self._store.get([*self._depends, "line"], self._work_out)
-        return PeakLine(tuple((base, rate) for base, rate in lines)) if lines else None
+        return PeakLine.from_json(lines)
 
     def _work_out(self) -> list[list[float]]:
         line = PeakLine.through(*(part for size in _BATCHES for part in (self._course(size), size)))
-        return [] if line is None else [list(part) for part in line.lines]
+        return [] if line is None else line.to_json()
 
 
 def smallest_batch(peaks: Peaks) -> int:

@@ -3,20 +3,26 @@
 from dfed.memory.caps import GREY_ZONE, MemoryMeter, MemorySettings, check_cap, is_out_of_memory, make_cap
 from dfed.memory.predict import (
     CPU_OVERHEAD_BYTES,
+    PROBE_BATCH,
+    NotProportional,
     predict_course,
     predict_levels,
+    predict_lines,
     predict_peak,
 )
 
 __all__ = [
     "CPU_OVERHEAD_BYTES",
     "GREY_ZONE",
+    "PROBE_BATCH",
     "MemoryMeter",
     "MemorySettings",
+    "NotProportional",
     "check_cap",
     "is_out_of_memory",
     "make_cap",
     "predict_course",
     "predict_levels",
+    "predict_lines",
     "predict_peak",
 ]

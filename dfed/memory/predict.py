@@ -18,13 +18,25 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-__all__ = ["CPU_OVERHEAD_BYTES", "predict_course", "predict_levels", "predict_peak"]
+__all__ = [
+    "CPU_OVERHEAD_BYTES", "PROBE_BATCH", "NotProportional", "predict_course", "predict_levels", "predict_lines", "predict_peak",
+]
 
 Prepared = TypeVar("Prepared")
 
 CPU_OVERHEAD_BYTES = 12 * 2**20
 """Memory that a client's training may take on a CPU beside its tensors, in any precision, over the tenth of their peak that
 is left free besides. Measured: under 3 MiB for two plans in three; see docs/planner.md."""
+
+PROBE_BATCH = 2**24 + 43
+"""Batch size for :func:`predict_lines`: a prime, so that what is a multiple of it comes from the batch."""
+
+_LEAST_SHARE = 256  # a length between a 256th of the batch and the batch may be a part of it, or the most that is taken of it
+_MOST_OPERATORS = 100_000  # more than any step has, unless it goes through the samples one by one
+
+
+class NotProportional(Exception):
+    """Work of which one prediction cannot tell how its memory grows with the batch size."""
 
 
 # They change what they are given, and allocate nothing. Fake tensors do not know them: they would run on real ones.
@@ -51,16 +63,21 @@ class _StorageWatch(TorchDispatchMode):
         if func.overloadpacket in _FUSED:
             return None
         out = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(out):
+        for leaf in (out,) if isinstance(out, torch.Tensor) else tree_leaves(out):
             if isinstance(leaf, torch.Tensor):
-                self._add(leaf.untyped_storage())
+                self._add(leaf, leaf.untyped_storage())
         return out
 
-    def _add(self, storage: torch.UntypedStorage) -> None:
+    def _size(self, tensor: torch.Tensor, storage: torch.UntypedStorage) -> int:
+        """What counts of a storage, of which ``tensor`` is the first view seen."""
+        return storage.nbytes()
+
+    def _add(self, tensor: torch.Tensor, storage: torch.UntypedStorage) -> None:
         handle = storage._cdata
-        size = storage.nbytes()
-        known = self._alive.get(handle)
-        if known == size or handle in self._given:
+        if handle in self._given:
+            return
+        known, size = self._alive.get(handle), self._size(tensor, storage)
+        if known == size:
             return
         if known is None:
             weakref.finalize(storage, self._drop, handle)
@@ -71,6 +88,48 @@ class _StorageWatch(TorchDispatchMode):
     def _drop(self, handle: int) -> None:
         self.current_bytes -= self._alive.pop(handle)
         self._given.discard(handle)
+
+
+_DIGIT = 64
+"""Bits for each but the last of the numbers that :class:`_ProbeWatch` keeps in one."""
+
+
+class _ProbeWatch(_StorageWatch):
+    """Adds up bytes of work on a batch of :data:`PROBE_BATCH`, those that do not depend on the batch apart from those that do.
+
+    A sum is one integer: the bytes that do not, 2 ** 64 times the bytes per sample of those that do, and 2 ** 128 times the
+    bytes per pair of samples.
+
+    Raises:
+        NotProportional: Where a storage is none of these, and before what would go through the samples one by one.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._num_operators = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self._num_operators += 1
+        if self._num_operators > _MOST_OPERATORS:
+            raise NotProportional(f"more than {_MOST_OPERATORS} operators")
+        returns = func._schema.returns
+        if len(returns) == 1 and returns[0].type.kind() == "ListType" and _largest_extent(args) >= PROBE_BATCH // _LEAST_SHARE:
+            raise NotProportional(f"{func} may go through the samples one by one")
+        return super().__torch_dispatch__(func, types, args, kwargs)
+
+    def _size(self, tensor: torch.Tensor, storage: torch.UntypedStorage) -> int:
+        size, power = storage.nbytes(), 0
+        while size and size % PROBE_BATCH == 0:
+            size, power = size // PROBE_BATCH, power + 1
+        least = PROBE_BATCH // _LEAST_SHARE
+        in_parts = power == 0 and size >= least and any(extent >= least for extent in tensor.shape)
+        if in_parts:
+            raise NotProportional(f"{storage.nbytes()} bytes of shape {tuple(tensor.shape)} for {PROBE_BATCH} samples")
+        return size << _DIGIT * power
+
+
+def _largest_extent(args: Iterable[Any]) -> int:
+    return max((extent for leaf in tree_leaves(args) if isinstance(leaf, torch.Tensor) for extent in leaf.shape), default=0)
 
 
 def predict_course(prepare: Callable[[], Prepared], work: Callable[[Prepared], object]) -> list[int]:
@@ -88,6 +147,29 @@ def predict_course(prepare: Callable[[], Prepared], work: Callable[[Prepared], o
         watch.start()
         work(prepared)
     return watch.course
+
+
+def predict_lines(prepare: Callable[[], Prepared], work: Callable[[Prepared], object]) -> list[tuple[int, int, int]]:
+    """As :func:`predict_course`, for batches of every size at once: bytes at each allocation that do not depend on the batch,
+    bytes per sample, and bytes per pair of samples, such as those of a matrix of all products.
+
+    Found from one prediction, at a batch size that is a large prime: a storage whose bytes are a multiple of it comes from the
+    batch, any other does not. Where no more than so many samples are worked off at once, small batches take less.
+
+    Args:
+        prepare: As for :func:`predict_course`.
+        work: Likewise, with a batch of :data:`PROBE_BATCH` samples.
+
+    Raises:
+        NotProportional: If an allocation is of none of the three kinds, or may be a part of one.
+        RuntimeError: If torch cannot count the bytes of something so large.
+    """
+    watch, mask = _ProbeWatch(), (1 << _DIGIT) - 1
+    with _watched(watch):
+        prepared = prepare()
+        watch.start()
+        work(prepared)
+    return [(total & mask, total >> _DIGIT & mask, total >> 2 * _DIGIT) for total in watch.course]
 
 
 def predict_peak(prepare: Callable[[], Prepared], work: Callable[[Prepared], object]) -> int:

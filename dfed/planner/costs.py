@@ -2,28 +2,34 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
+import logging
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dfed.client import ClientSettings, Skeleton, TrainingSettings, run_plan
 from dfed.client.features import Blank, units_of
 from dfed.client.forms import Forms
-from dfed.memory import CPU_OVERHEAD_BYTES, GREY_ZONE, predict_course
+from dfed.memory import CPU_OVERHEAD_BYTES, GREY_ZONE, PROBE_BATCH, predict_course, predict_lines
 from dfed.plan import Phase, Plan
-from dfed.planner.flops import attention_in_parts, flop_counter, flops_by_type
+from dfed.planner.flops import OperatorCounter, attention_in_parts, flop_counter, flops_by_type, flops_of
 from dfed.planner.line import PeakLine
 from dfed.planner.store import Store, describe
 from dfed.strategies import Strategy
 
 __all__ = ["Costs", "margins", "what_counts", "with_batch"]
 
+_LOGGER = logging.getLogger(__name__)
+Level = TypeVar("Level")
+
+_STEPS = 2  # the second meets the optimiser's state, which the first one makes
 _FLOP_BATCH = 2  # batch norm in training wants more than one value a channel
 _BATCHES = (8, 16, 24)
 
@@ -62,6 +68,7 @@ class Costs:
         self._store = store or Store(None)
         chain = strategy.problem.chain
         self._input_shape = chain.input_shape
+        self._attends = any(isinstance(module, nn.MultiheadAttention) for module in chain.modules())
         problem = strategy.problem
         # Strategies that differ in whom they ask only, such as fedavg and exclusivefl, share their predictions.
         own = [] if _trains_plainly(strategy) else strategy.training_key()
@@ -148,12 +155,27 @@ class Costs:
         key = with_batch(plan, 1).cost_key()
         if key not in self._lines:
             lines = self._store.get(["line", *self._depends, key], lambda: self._work_out_line(plan))
-            self._lines[key] = PeakLine(tuple((base, rate) for base, rate in lines)) if lines else None
+            self._lines[key] = PeakLine.from_json(lines)
         return self._lines[key]
 
     def _work_out_line(self, plan: Plan) -> list[list[float]]:
+        """Lines as of a :class:`PeakLine`; none if there are none.
+
+        One prediction tells what depends on the batch by the sizes. Where it cannot, three at small batches do.
+        """
+        # Where every step takes the same course, its arithmetic is counted on the way.
+        alike = len(plan.phases) == self.strategy.num_draws(plan) == 1 and not self._attends
+        counter = OperatorCounter() if alike else None
+        try:
+            lines = PeakLine.over(self._each_course(with_batch(plan, PROBE_BATCH), predict_lines, counter))
+        except Exception:  # not for the plan, but for the size of the batch; the plan's own faults are met below
+            _LOGGER.debug("no prediction for a batch of %d samples", PROBE_BATCH, exc_info=True)
+        else:
+            if counter is not None and not lines.parabolas:
+                self._note_flops(plan, counter)
+            return lines.to_json()
         line = PeakLine.through(*(part for size in _BATCHES for part in (self._course(with_batch(plan, size)), size)))
-        return [] if line is None else [list(part) for part in line.lines]
+        return [] if line is None else line.to_json()
 
     def peak_bytes_at(self, plan: Plan) -> int:
         """As :meth:`peak_bytes`, from one prediction at this batch size: half the work where no other size is asked for."""
@@ -161,13 +183,31 @@ class Costs:
         return self._store.get(["peak", *self._depends, plan.cost_key()], lambda: max(self._course(plan)))
 
     def _course(self, plan: Plan) -> list[int]:
-        levels: list[int] = []
+        return self._each_course(plan, predict_course)
+
+    def _each_course(self, plan: Plan, predict: Callable[[Callable[[], Any], Callable[[Any], None]], list[Level]],
+                     counter: OperatorCounter | None = None) -> list[Level]:
+        """What ``predict`` finds, for each of the courses that the training may take; ``counter`` sees their operators."""
+        levels: list[Level] = []
         num_draws = self.strategy.num_draws(plan)
         for number in range(max(0, num_draws - 2), num_draws):
             skeleton = Skeleton(self.strategy.build(plan))
             train = functools.partial(self._train, plan, skeleton, self._features(plan), draw=lambda n, number=number: number)
-            levels += predict_course(lambda: self._payload(plan), train)
+
+            def work(values: dict[str, Tensor], train: Callable[[dict[str, Tensor]], None] = train) -> None:
+                with counter or contextlib.nullcontext():
+                    train(values)
+
+            levels += predict(lambda: self._payload(plan), work)
         return levels
+
+    def _note_flops(self, plan: Plan, counter: OperatorCounter) -> None:
+        """Keep what was counted in a prediction for :data:`PROBE_BATCH`, for :meth:`_work`."""
+        visits = PROBE_BATCH * min(_STEPS, plan.phases[0].steps or _STEPS)
+        counts = flops_by_type(counter.counts)
+        if all(count % visits == 0 for count in counts):
+            key, per_visit = with_batch(plan, 1).cost_key(), [count / visits for count in counts]
+            self._flops[key] = self._store.get(["flops by type", *self._depends, key], lambda: [per_visit])
 
     def _payload(self, plan: Plan) -> dict[str, Tensor]:
         return {entry.name: torch.empty(entry.shape) for entry in self._forms.of(plan).down}
@@ -176,14 +216,13 @@ class Costs:
         feed = self.strategy.feed(plan)
         return None if feed is None else Blank(units_of(self.strategy.problem.chain, feed), feed.source_shape, torch.empty)
 
-    def _train(self, plan: Plan, skeleton: Skeleton, features: Blank | None, values: dict[str, Tensor], steps: int = 2,
+    def _train(self, plan: Plan, skeleton: Skeleton, features: Blank | None, values: dict[str, Tensor], steps: int = _STEPS,
                draw: Callable[[int], int] = lambda n: n - 1) -> None:
         """The client's own training code, on tensors without storage."""
         feed = self.strategy.feed(plan)
         shape = self._input_shape if feed is None else feed.shape
 
         def batches(phase: Phase) -> Iterable[tuple[Tensor, Tensor]]:
-            # Two steps, if so many are taken: the second meets the optimiser's state, which the first one makes.
             for _ in range(min(steps, phase.steps or steps)):
                 yield torch.empty(phase.batch_size, *shape), torch.zeros(phase.batch_size, dtype=torch.int64)
 
@@ -204,7 +243,7 @@ class Costs:
                     self._train(plan, skeleton, features, values, steps=1, draw=lambda n: next(turns) % n)
 
         predict_course(lambda: self._payload(plan), work)
-        return [count / (_FLOP_BATCH * num_draws) for count in flops_by_type(counter)]
+        return [count / (_FLOP_BATCH * num_draws) for count in flops_of(counter)]
 
 
 def margins(device: torch.device, by_prediction: bool) -> tuple[float, int]:
@@ -231,5 +270,3 @@ def _trains_plainly(strategy: Strategy) -> bool:
 def with_batch(plan: Plan, batch_size: int) -> Plan:
     """The plan with this batch size in every phase."""
     return replace(plan, phases=tuple(replace(phase, batch_size=batch_size) for phase in plan.phases))
-
-

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
 
-__all__ = ["attention_in_parts", "flop_counter", "flops_by_type", "forward_flops"]
+__all__ = ["OperatorCounter", "attention_in_parts", "flop_counter", "flops_by_type", "flops_of", "forward_flops"]
 
 
 @contextmanager
@@ -29,6 +30,34 @@ def flop_counter() -> FlopCounterMode:
     return FlopCounterMode(display=False, custom_mapping={torch.ops.aten.convolution_backward: _convolution_backward})
 
 
+class OperatorCounter(TorchDispatchMode):
+    """Counts operations as :func:`flop_counter` does, but not by module, so that it keeps hold of no tensor: memory can be
+    predicted meanwhile.
+
+    Attributes:
+        counts: Operations of each operator.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: dict[Any, int] = {}
+        self._formulas = flop_counter().flop_registry
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        operator = func.overloadpacket
+        if operator not in self._formulas and func is not torch.ops.prim.device.default:
+            with self:
+                out = func.decompose(*args, **kwargs)  # what consists of others counts as these
+            if out is not NotImplemented:
+                return out
+        out = func(*args, **kwargs)
+        if operator in self._formulas:
+            count = self._formulas[operator](*args, **kwargs, out_val=out)
+            self.counts[operator] = self.counts.get(operator, 0) + count
+        return out
+
+
 def forward_flops(model: nn.Module, input_shape: tuple[int, ...]) -> int:
     """Floating-point operations of the forward pass of one sample (a product and a sum are two), in evaluation mode.
 
@@ -41,11 +70,16 @@ def forward_flops(model: nn.Module, input_shape: tuple[int, ...]) -> int:
     return counter.get_total_flops()
 
 
-def flops_by_type(counter: FlopCounterMode) -> tuple[int, int]:
-    """What ``counter`` counted: operations in floating point, and operations in int8, which are oneDNN's own operators."""
-    counts = counter.get_flop_counts()["Global"]
+def flops_by_type(counts: Mapping[Any, int]) -> tuple[int, int]:
+    """Operations in floating point, and operations in int8, which are oneDNN's own operators, of the operations of each
+    operator."""
     int8 = sum(count for operator, count in counts.items() if str(operator).startswith("onednn."))
     return sum(counts.values()) - int8, int8
+
+
+def flops_of(counter: FlopCounterMode) -> tuple[int, int]:
+    """As :func:`flops_by_type`, of what torch's counter counted."""
+    return flops_by_type(counter.get_flop_counts()["Global"])
 
 
 def _convolution_backward(

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import functools
 import hashlib
 import json
 import os
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,9 @@ from torch import nn
 import dfed
 from dfed.data import cache_folder
 from dfed.models import Chain
+from dfed.planner.children import in_children
 
-__all__ = ["Store", "describe"]
+__all__ = ["Store", "apart", "describe"]
 
 _LIBRARIES = {"torch", "torchvision", "dfed", *sys.stdlib_module_names}
 _OF_EVERY_MODULE = {*vars(nn.Module()), "generator", "_shapes"}
@@ -55,12 +57,12 @@ class Store:
         """
         text = json.dumps([_code(), torch.__version__, depends], sort_keys=True)
         if _OWN in text:
-            return json.loads(json.dumps(work_out()))
+            return _worked_out(work_out)
         key = hashlib.sha256(text.encode()).hexdigest()[:32]
         if key not in self._known:
             value = self._read(key)
             if value is None:
-                value = json.loads(json.dumps(work_out()))  # what a file would give back
+                value = _worked_out(work_out)
                 self._write(key, value)
             self._known[key] = value
         return self._known[key]
@@ -87,6 +89,25 @@ class Store:
             for partial in self._folder.glob("*.partial"):
                 with contextlib.suppress(OSError):
                     partial.unlink()
+
+
+_apart = contextvars.ContextVar("apart", default=False)
+
+
+@contextlib.contextmanager
+def apart() -> Iterator[None]:
+    """Inside, what no store holds is worked out in a forked child, if there can be one; see :mod:`dfed.planner.children`."""
+    token = _apart.set(True)
+    try:
+        yield
+    finally:
+        _apart.reset(token)
+
+
+def _worked_out(work_out: Callable[[], Any]) -> Any:
+    """What ``work_out`` returns, as a file would give it back."""
+    [text] = in_children(lambda work: json.dumps(work()), [work_out], even_alone=True) if _apart.get() else [None]
+    return json.loads(json.dumps(work_out()) if text is None else text)
 
 
 def _checksum(key: str, value: Any) -> str:

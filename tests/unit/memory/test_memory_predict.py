@@ -7,7 +7,7 @@ from torch import nn
 
 from dfed.blocks import Splitting
 from dfed.client import ClientSettings, Forms
-from dfed.memory import measure, predict_peak
+from dfed.memory import PROBE_BATCH, NotProportional, measure, predict_course, predict_lines, predict_peak
 from dfed.models import build_chain
 from dfed.plan import Plan
 from dfed.planner import Costs
@@ -172,3 +172,60 @@ def test_planning_a_huge_training_allocates_next_to_nothing():
     assert 8 * 2**30 < peak < 16 * 2**30
     # The fake tensors, shape rules and code that are loaded for the first time: tens of MiB, not gigabytes.
     assert highest - before < 400 * 2**20
+
+
+def features(batch):
+    return torch.empty(batch, 7)
+
+
+def with_weights(batch):
+    weight = torch.empty(7, 5)
+    hidden = features(batch) @ weight
+    del weight
+    return hidden.relu() + hidden.sum(0).expand_as(hidden)
+
+
+def pairs(batch):
+    x = features(batch)
+    gram = x @ x.T
+    return gram - gram.mean(0)
+
+
+def all_sizes_of_types(batch):
+    x = features(batch)
+    return x > 0, x.to(torch.bfloat16), x.argmax(1), torch.nn.functional.one_hot(torch.zeros(3, dtype=torch.int64), 9)
+
+
+def course_at(work, batch):
+    return predict_course(nothing, lambda _: work(batch))
+
+
+@pytest.mark.parametrize("work", [with_weights, pairs, all_sizes_of_types])
+def test_one_prediction_tells_every_batch_size(work):
+    lines = predict_lines(nothing, lambda _: work(PROBE_BATCH))
+    for batch in (1, 2, 3, 64, 1000):
+        assert [base + rate * batch + pair * batch**2 for base, rate, pair in lines] == course_at(work, batch)
+    assert any(rate for _, rate, _ in lines)
+
+
+def in_pieces(batch):
+    return [features(batch)[start:start + 32].clone() for start in range(0, batch, 32)]
+
+
+def one_by_one(batch):
+    return [row * 2 for row in features(batch)]
+
+
+def in_eight_parts(batch):
+    return torch.empty(batch // 8, 7)
+
+
+def with_two_more(batch):
+    return torch.cat([features(batch), torch.empty(2, 7)])
+
+
+@pytest.mark.parametrize("work", [in_pieces, one_by_one, in_eight_parts, with_two_more])
+def test_what_is_neither_constant_nor_proportional_is_refused_at_once(work):
+    """In time, and in memory: a batch of millions is not gone through sample by sample."""
+    with pytest.raises(NotProportional):
+        predict_lines(nothing, lambda _: work(PROBE_BATCH))

@@ -125,10 +125,23 @@ def test_where_prediction_is_the_verdict_a_plan_fits_from_its_peak_on():
 @pytest.mark.parametrize(("model", "options"), [
     ("cnn", {"hidden": 32}), ("resnet8", {}), ("vit_tiny", {"depth": 1, "width": 24}),
 ])
-def test_a_peak_at_any_batch_size_follows_from_two(model, options):
+def test_a_peak_at_any_batch_size_follows_from_one_prediction(model, options):
     costs, plan, _ = costs_of(model, options, (3, 16, 16), 10, batch_size=32, momentum=0.9)
     for size in (2, 5, 16, 37, 100):
         assert costs.peak_bytes(with_batch(plan, size)) == costs.peak_bytes_at(with_batch(plan, size))
+
+
+@pytest.mark.parametrize(("model", "strategy"), [("cnn", "fedavg"), ("vit_tiny", "fedavg"), ("cnn", "neulite"),
+                                                 ("cnn", "fjord")])
+def test_flops_are_the_same_whether_the_peak_was_asked_for_before(model, strategy):
+    """Counted on the way or by themselves; nHSIC's grow with the square of the batch, and are counted by themselves."""
+    found = []
+    for asks_first in (True, False):
+        costs, plan, _ = costs_of(model, {}, (3, 32, 32), 10, strategy=strategy, batch_size=32)
+        if asks_first:
+            costs.peak_bytes(plan)
+        found.append(costs.flops(plan, 100))
+    assert found[0] == found[1] > 0
 
 
 def test_the_largest_batch_fits_and_the_next_does_not():
@@ -256,8 +269,8 @@ def test_one_step_never_meets_the_optimisers_state():
 def test_strategies_that_train_alike_share_their_predictions(monkeypatch):
     small, store = chain_problem(), Store(None)
     names = small.splitting.names
-    made, predictions, course = {}, [], Costs._course
-    monkeypatch.setattr(Costs, "_course", lambda self, plan: predictions.append(plan) or course(self, plan))
+    made, predictions, each = {}, [], Costs._each_course
+    monkeypatch.setattr(Costs, "_each_course", lambda self, plan, *how: predictions.append(plan) or each(self, plan, *how))
     for name, clients in (("fedavg", 1), ("exclusivefl", 20), ("fedprox", 20)):
         problem = dataclasses.replace(small, num_clients=clients)
         strategy = STRATEGIES.get(name)(problem)

@@ -116,3 +116,27 @@ def test_a_third_size_shows_what_is_no_straight_line():
     assert PeakLine.through(small, 8, large, 16, straight, 24) == PeakLine.through(small, 8, large, 16)
     assert PeakLine.through(small, 8, large, 16, square, 24) is None
     assert PeakLine.through(small, 8, large, 16, straight[:1], 24) is None
+
+
+def test_the_largest_of_random_parabolas():
+    for case in range(100):
+        bases, rates = random_lines(case)
+        pairs = numpy_generator(0, "pairs", case).integers(0, 3, len(bases))
+        line = PeakLine.over(zip(bases.tolist(), rates.tolist(), pairs.tolist(), strict=True))
+        again = PeakLine.from_json(json.loads(json.dumps(line.to_json())))
+        assert again == line
+
+        def peak(size, bases=bases, rates=rates, pairs=pairs):
+            return max(int(b) + int(r) * size + int(p) * size**2 for b, r, p in zip(bases, rates, pairs, strict=True))
+
+        for size in SIZES:
+            assert line.at(size) == peak(size), (case, size)
+            largest = line.largest_batch(peak(size))
+            assert largest >= size * (1 - 1e-9)
+            if math.isfinite(largest):
+                assert peak(math.floor(largest * (1 - 1e-9))) <= peak(size) < peak(math.ceil(largest * (1 + 1e-9)) + 1)
+        assert line.largest_batch(min(bases) - 1.0) < 0 or max(bases) > min(bases)
+
+
+def test_nothing_makes_no_line():
+    assert PeakLine.from_json([]) is None
