@@ -160,4 +160,3 @@ class Survey:
             if met.all():
                 break
         return int(met.sum())
-

@@ -32,7 +32,7 @@ PROBE_BATCH = 2**24 + 43
 """Batch size for :func:`predict_lines`: a prime, so that what is a multiple of it comes from the batch."""
 
 _LEAST_SHARE = 256  # a length between a 256th of the batch and the batch may be a part of it, or the most that is taken of it
-_MOST_OPERATORS = 100_000  # more than any step has, unless it goes through the samples one by one
+_MOST_OPERATORS = 30_000  # more than any step has, unless it goes through the samples one by one
 
 
 class NotProportional(Exception):
@@ -109,6 +109,8 @@ class _ProbeWatch(_StorageWatch):
         self._num_operators = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "prim":  # a question; torch ends the process if it is answered with an exception
+            return super().__torch_dispatch__(func, types, args, kwargs)
         self._num_operators += 1
         if self._num_operators > _MOST_OPERATORS:
             raise NotProportional(f"more than {_MOST_OPERATORS} operators")
@@ -122,10 +124,17 @@ class _ProbeWatch(_StorageWatch):
         while size and size % PROBE_BATCH == 0:
             size, power = size // PROBE_BATCH, power + 1
         least = PROBE_BATCH // _LEAST_SHARE
-        in_parts = power == 0 and size >= least and any(extent >= least for extent in tensor.shape)
+        in_parts = storage.nbytes() >= least and any(_without_batch(extent) >= least for extent in tensor.shape)
         if in_parts:
             raise NotProportional(f"{storage.nbytes()} bytes of shape {tuple(tensor.shape)} for {PROBE_BATCH} samples")
         return size << _DIGIT * power
+
+
+def _without_batch(extent: int) -> int:
+    """What is left of an extent when the batch size is divided out."""
+    while extent and extent % PROBE_BATCH == 0:
+        extent //= PROBE_BATCH
+    return extent
 
 
 def _largest_extent(args: Iterable[Any]) -> int:
@@ -154,7 +163,8 @@ def predict_lines(prepare: Callable[[], Prepared], work: Callable[[Prepared], ob
     bytes per sample, and bytes per pair of samples, such as those of a matrix of all products.
 
     Found from one prediction, at a batch size that is a large prime: a storage whose bytes are a multiple of it comes from the
-    batch, any other does not. Where no more than so many samples are worked off at once, small batches take less.
+    batch, any other does not. That holds for work that does the same at every batch size. Where fewer than 65,536 samples are
+    worked off at once, or large batches in another way than small ones, the result is not about small ones, and nothing tells.
 
     Args:
         prepare: As for :func:`predict_course`.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import logging
 import multiprocessing
 import os
 import signal
@@ -22,13 +23,16 @@ import torch
 __all__ = ["in_children"]
 
 _PR_SET_PDEATHSIG = 1
+_MOST = 8  # each has some 200 MB of its own
+
+_LOGGER = logging.getLogger(__name__)
 
 Item = TypeVar("Item")
 Answer = TypeVar("Answer")
 
 
 def in_children(work: Callable[[Item], Answer], items: Sequence[Item], *, even_alone: bool = False) -> list[Answer | None]:
-    """``work`` of each of ``items``, in as many children as this process may use cores; None for what failed.
+    """``work`` of each of ``items``, in as many children as this process may use cores, up to 8; None for what failed.
 
     Where one core or one item is all there is, this system has no fork, or this process may have no children, nothing is
     tried. Children end with this call, however it ends, and when this process does.
@@ -39,7 +43,7 @@ def in_children(work: Callable[[Item], Answer], items: Sequence[Item], *, even_a
     """
     answers: list[Answer | None] = [None] * len(items)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 0
-    workers = min(len(items), cores)
+    workers = min(len(items), cores, _MOST)
     if workers < (1 if even_alone else 2) or multiprocessing.current_process().daemon:
         return answers
     children: dict[Connection, BaseProcess] = {}
@@ -53,9 +57,13 @@ def in_children(work: Callable[[Item], Answer], items: Sequence[Item], *, even_a
             for ready in wait(list(busy)):
                 pipe = cast(Connection, ready)
                 place = busy.pop(pipe)
-                with contextlib.suppress(EOFError, OSError):  # it has ended
+                try:
                     answers[place] = pipe.recv()
-                    _ask(pipe, places, busy)
+                except (EOFError, OSError):  # it has ended
+                    continue
+                except Exception:  # what cannot be made again here from what was sent
+                    _LOGGER.debug("an answer that cannot be read", exc_info=True)
+                _ask(pipe, places, busy)
     finally:
         for pipe, child in children.items():
             child.terminate()
@@ -107,3 +115,4 @@ def _serve(pipe: Connection, others: Sequence[Connection], work: Callable[[Any],
                 raise
             except BaseException:  # perhaps of the user's own code, or an answer that cannot be sent
                 pipe.send(None)
+            sys.stdout.flush()  # what the user's code prints

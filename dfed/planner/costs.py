@@ -21,7 +21,7 @@ from dfed.memory import CPU_OVERHEAD_BYTES, GREY_ZONE, PROBE_BATCH, predict_cour
 from dfed.plan import Phase, Plan
 from dfed.planner.flops import OperatorCounter, attention_in_parts, flop_counter, flops_by_type, flops_of
 from dfed.planner.line import PeakLine
-from dfed.planner.store import Store, describe
+from dfed.planner.store import Store, describe, own_classes
 from dfed.strategies import Strategy
 
 __all__ = ["Costs", "margins", "what_counts", "with_batch"]
@@ -69,6 +69,8 @@ class Costs:
         chain = strategy.problem.chain
         self._input_shape = chain.input_shape
         self._attends = any(isinstance(module, nn.MultiheadAttention) for module in chain.modules())
+        # What the user's own code does with a batch of millions is not known, and perhaps not what it does with a small one.
+        self._probes = not own_classes(*chain.modules(), strategy, *strategy.parts)
         problem = strategy.problem
         # Strategies that differ in whom they ask only, such as fedavg and exclusivefl, share their predictions.
         own = [] if _trains_plainly(strategy) else strategy.training_key()
@@ -159,21 +161,28 @@ class Costs:
         return self._lines[key]
 
     def _work_out_line(self, plan: Plan) -> list[list[float]]:
-        """Lines as of a :class:`PeakLine`; none if there are none.
+        """A :class:`PeakLine` as JSON values; nothing if there is none.
 
-        One prediction tells what depends on the batch by the sizes. Where it cannot, three at small batches do.
+        One prediction tells what depends on the batch by the sizes. Where it cannot, and for classes of the user's own, three
+        at small batches do.
         """
+        return (self._probe(plan) if self._probes else None) or self._through_small_batches(plan)
+
+    def _probe(self, plan: Plan) -> list[list[float]] | None:
+        """Likewise from one prediction; None if that is not to be had."""
         # Where every step takes the same course, its arithmetic is counted on the way.
         alike = len(plan.phases) == self.strategy.num_draws(plan) == 1 and not self._attends
-        counter = OperatorCounter() if alike else None
+        counter = OperatorCounter(PROBE_BATCH) if alike else None
         try:
             lines = PeakLine.over(self._each_course(with_batch(plan, PROBE_BATCH), predict_lines, counter))
         except Exception:  # not for the plan, but for the size of the batch; the plan's own faults are met below
             _LOGGER.debug("no prediction for a batch of %d samples", PROBE_BATCH, exc_info=True)
-        else:
-            if counter is not None and not lines.parabolas:
-                self._note_flops(plan, counter)
-            return lines.to_json()
+            return None
+        if counter is not None and counter.proportional:
+            self._note_flops(plan, counter)
+        return lines.to_json()
+
+    def _through_small_batches(self, plan: Plan) -> list[list[float]]:
         line = PeakLine.through(*(part for size in _BATCHES for part in (self._course(with_batch(plan, size)), size)))
         return [] if line is None else line.to_json()
 
@@ -204,10 +213,8 @@ class Costs:
     def _note_flops(self, plan: Plan, counter: OperatorCounter) -> None:
         """Keep what was counted in a prediction for :data:`PROBE_BATCH`, for :meth:`_work`."""
         visits = PROBE_BATCH * min(_STEPS, plan.phases[0].steps or _STEPS)
-        counts = flops_by_type(counter.counts)
-        if all(count % visits == 0 for count in counts):
-            key, per_visit = with_batch(plan, 1).cost_key(), [count / visits for count in counts]
-            self._flops[key] = self._store.get(["flops by type", *self._depends, key], lambda: [per_visit])
+        key, per_visit = with_batch(plan, 1).cost_key(), [count / visits for count in flops_by_type(counter.counts)]
+        self._flops[key] = self._store.get(["flops by type", *self._depends, key], lambda: [per_visit])
 
     def _payload(self, plan: Plan) -> dict[str, Tensor]:
         return {entry.name: torch.empty(entry.shape) for entry in self._forms.of(plan).down}

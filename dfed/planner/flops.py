@@ -34,13 +34,19 @@ class OperatorCounter(TorchDispatchMode):
     """Counts operations as :func:`flop_counter` does, but not by module, so that it keeps hold of no tensor: memory can be
     predicted meanwhile.
 
+    Args:
+        batch: A prime, the size of the batch.
+
     Attributes:
         counts: Operations of each operator.
+        proportional: Whether every count was a multiple of the batch size, and none of its square.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, batch: int) -> None:
         super().__init__()
         self.counts: dict[Any, int] = {}
+        self.proportional = True
+        self._batch = batch
         self._formulas = flop_counter().flop_registry
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -55,6 +61,7 @@ class OperatorCounter(TorchDispatchMode):
         if operator in self._formulas:
             count = self._formulas[operator](*args, **kwargs, out_val=out)
             self.counts[operator] = self.counts.get(operator, 0) + count
+            self.proportional &= count == 0 or (count % self._batch == 0 and count % self._batch**2 != 0)
         return out
 
 

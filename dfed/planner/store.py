@@ -22,7 +22,7 @@ from dfed.data import cache_folder
 from dfed.models import Chain
 from dfed.planner.children import in_children
 
-__all__ = ["Store", "apart", "describe"]
+__all__ = ["Store", "apart", "describe", "own_classes"]
 
 _LIBRARIES = {"torch", "torchvision", "dfed", *sys.stdlib_module_names}
 _OF_EVERY_MODULE = {*vars(nn.Module()), "generator", "_shapes"}
@@ -135,9 +135,14 @@ def describe(chain: Chain, *objects: object) -> list[Any]:
     tensors = [[name, list(tensor.shape), str(tensor.dtype), tensor.requires_grad] for name, tensor in named]
     # A text of the module does not tell all, e.g. not how many heads an attention layer has.
     attributes = [[name, _attributes(module)] for name, module in chain.named_modules()]
-    classes = {cls for thing in [*chain.modules(), *objects] for cls in type(thing).__mro__}
-    sources = sorted(_source(cls) for cls in classes if cls.__module__.partition(".")[0] not in _LIBRARIES)
+    sources = sorted(_source(cls) for cls in own_classes(*chain.modules(), *objects))
     return [repr(chain), list(chain.input_shape), tensors, attributes, [_OWN, *sources] if sources else []]
+
+
+def own_classes(*objects: object) -> set[type]:
+    """Classes of these objects, and their bases, that are the user's own: no library's, and not dfed's."""
+    classes = {cls for thing in objects for cls in type(thing).__mro__}
+    return {cls for cls in classes if cls.__module__.partition(".")[0] not in _LIBRARIES}
 
 
 def _attributes(module: nn.Module) -> dict[str, str]:

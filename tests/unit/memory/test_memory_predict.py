@@ -224,8 +224,18 @@ def with_two_more(batch):
     return torch.cat([features(batch), torch.empty(2, 7)])
 
 
-@pytest.mark.parametrize("work", [in_pieces, one_by_one, in_eight_parts, with_two_more])
-def test_what_is_neither_constant_nor_proportional_is_refused_at_once(work):
+def all_pairs_once(batch):
+    return torch.pdist(features(batch))
+
+
+def asks_all_the_time(batch):
+    """Torch ends the process where a question for the device, as each `ones_like` asks it, is answered with an exception."""
+    return [torch.ones_like(torch.empty(3)) for _ in range(3000)]
+
+
+@pytest.mark.parametrize("work", [in_pieces, one_by_one, in_eight_parts, with_two_more, all_pairs_once, asks_all_the_time])
+def test_what_is_neither_constant_nor_proportional_is_refused_at_once(work, monkeypatch):
     """In time, and in memory: a batch of millions is not gone through sample by sample."""
+    monkeypatch.setattr("dfed.memory.predict._MOST_OPERATORS", 2000)
     with pytest.raises(NotProportional):
         predict_lines(nothing, lambda _: work(PROBE_BATCH))

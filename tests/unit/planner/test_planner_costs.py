@@ -2,14 +2,15 @@ import dataclasses
 
 import pytest
 import torch
+from torch import nn
 
 from dfed.blocks import Splitting
 from dfed.client import ClientSettings, Forms
 from dfed.fleet import DeviceProfile
 from dfed.memory import CPU_OVERHEAD_BYTES, GREY_ZONE
-from dfed.models import build_chain
+from dfed.models import Chain, build_chain
 from dfed.plan import Phase, Plan
-from dfed.planner import ClientPlanner, Costs, Limits, Store, learn, with_batch
+from dfed.planner import ClientPlanner, Costs, Limits, Store, chain_costs, learn, with_batch
 from dfed.registry import STRATEGIES
 from dfed.strategies import Problem, Strategy
 
@@ -254,6 +255,21 @@ def test_a_loss_over_pairs_is_predicted_at_its_own_batch_size():
     matrix = 4 * 1024**2
     assert costs.peak_bytes(plan) == costs.peak_bytes_at(plan) >= 2 * matrix  # the matrix and its square's gradient
     assert costs.largest_batch(plan, costs.budget_bytes(plan), 5000) == 1024
+
+
+class Switch(nn.Module):
+    """Keeps less where the batch is large."""
+
+    def forward(self, x):
+        return x * 2 if len(x) > 4096 else x * x.exp() * x.sigmoid()
+
+
+def test_what_a_model_of_the_users_own_does_with_a_large_batch_is_not_held_for_what_it_does_with_a_small_one():
+    chain = Chain([("a", nn.Sequential(nn.Flatten(), nn.Linear(48, 8))), ("b", Switch()), ("c", nn.Linear(8, 4))],
+                  input_shape=(3, 4, 4), num_classes=4, name="switch")
+    costs, plan = chain_costs(chain, ClientSettings(batch_size=32), CPU)
+    for size in (2, 32, 500):
+        assert costs.peak_bytes(with_batch(plan, size)) == costs.peak_bytes_at(with_batch(plan, size))
 
 
 def test_one_step_never_meets_the_optimisers_state():
