@@ -54,7 +54,8 @@ def recomputed(unit: nn.Module, x: Tensor) -> Tensor:
 def _as_before(unit: nn.Module, generator: torch.Generator | None, state: Tensor | None) -> Iterator[None]:
     """Draw what was drawn from ``state`` on, and keep running statistics as they are."""
     norms = [module for module in unit.modules() if isinstance(module, _NormBase) and module.training]
-    kept = [(buffer, buffer.clone()) for norm in norms for buffer in norm.buffers(recurse=False)]
+    # What has no numbers takes no part: statistics of the full width, where a width drawn for each step has none of its own.
+    kept = [(buffer, buffer.clone()) for norm in norms for buffer in norm.buffers(recurse=False) if not buffer.is_meta]
     now = generator.get_state() if generator is not None else None
     try:
         if generator is not None:
