@@ -3,8 +3,8 @@
 * CUDA: ``torch.cuda.set_per_process_memory_fraction``; the caching allocator refuses what would exceed it. Granularity:
   the allocator's segments (2 MiB up to 10 MiB).
 * Linux, CPU: the soft ``RLIMIT_DATA`` is set to the present data segment plus the budget; the kernel refuses what would
-  exceed it, torch raises, and the limit is lifted again. Granularity: pages, plus holes below 16 KiB in the heap, of which
-  1 MiB is made on purpose (:class:`dfed.memory.malloc.SmallReserve`).
+  exceed it, torch raises, and the limit is lifted again. Granularity: pages, plus holes below 16 KiB in the heap, and
+  1 MiB of up to 24 KiB each made on purpose (:class:`dfed.memory.malloc.SmallReserve`).
 * Elsewhere a hard cap is refused: there are ``memory.enforce: predicted`` and ``off``.
 
 The peak is measured beside the cap: allocator statistics on CUDA; on Linux the high-water mark of resident memory above

@@ -20,8 +20,8 @@ __all__ = ["MMAP_THRESHOLD_BYTES", "SmallReserve", "fill_holes", "is_glibc", "ro
 MMAP_THRESHOLD_BYTES = 16 * 1024
 _ROOMY_BYTES = 1 << 30
 _LARGEST_FILLING_BYTES = 1 << 25
-_RESERVED_BLOCKS = 64
-_RESERVED_BLOCK_BYTES = MMAP_THRESHOLD_BYTES - 64  # no request that would become a mapping of its own is served from it
+_RESERVED_BLOCKS = 40
+_RESERVED_BLOCK_BYTES = 24 * 1024  # oneDNN's largest descriptors of convolutions take 20 KB
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8
 _IS_MAPPING = 2  # bit of the size that glibc keeps in the word before each block
 
@@ -68,15 +68,18 @@ def trim() -> None:
 
 
 class SmallReserve:
-    """1 MiB of the heap for blocks of less than 16 KiB, so that they are there when a cap has no byte left for tensors.
+    """1 MiB of the heap for blocks of up to 24 KiB, so that they are there when a cap has no byte left for tensors.
 
     oneDNN does not look whether it got such a block, and the process ends with a null pointer. Made before the cap is set
     (after :func:`tight`); :meth:`release` makes holes of it, too small for any large block, each between two blocks that stay.
+    glibc looks for a hole before it makes a mapping of its own for a block.
     """
 
     def __init__(self) -> None:
         self._libc = _allocating()
+        self._libc.mallopt(_M_MMAP_THRESHOLD, 2 * _RESERVED_BLOCK_BYTES)  # from the heap
         blocks = sorted(filter(None, (self._libc.malloc(_RESERVED_BLOCK_BYTES) for _ in range(2 * _RESERVED_BLOCKS))))
+        self._libc.mallopt(_M_MMAP_THRESHOLD, MMAP_THRESHOLD_BYTES)
         self._blocks, self._partitions = blocks[0::2], blocks[1::2]  # every other one stays: holes side by side become one
 
     def release(self) -> None:

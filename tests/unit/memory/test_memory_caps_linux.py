@@ -284,10 +284,10 @@ with cap.guard(4 << 20):
     held = []
     try:
         while True:
-            held.append(torch.empty(4096))  # 16 KiB: a mapping of its own
+            held.append(torch.empty(16384))  # 64 KiB: a mapping of its own
     except RuntimeError as error:
         assert "can't allocate" in str(error), error
-    small = [libc.malloc(8000) for _ in range(64)]
+    small = [libc.malloc(20_000) for _ in range(30)]  # as oneDNN's descriptors
     assert all(small)
     large = libc.malloc(64 << 10)
     for block in small:
