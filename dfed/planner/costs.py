@@ -187,7 +187,7 @@ class Costs:
         return [] if line is None else line.to_json()
 
     def peak_bytes_at(self, plan: Plan) -> int:
-        """As :meth:`peak_bytes`, from one prediction at this batch size: half the work where no other size is asked for."""
+        """As :meth:`peak_bytes`, from a prediction at this very batch size."""
         plan = plan.without_details()
         return self._store.get(["peak", *self._depends, plan.cost_key()], lambda: max(self._course(plan)))
 

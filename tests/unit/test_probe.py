@@ -30,6 +30,8 @@ def test_one_prediction_tells_what_another_size_would(settings, names, monkeypat
         return found
 
     monkeypatch.setattr(Costs, "_probe", checked)
+    # Children would keep what they met to themselves.
+    monkeypatch.setattr("dfed.planner.store.in_children", lambda work, items, **_: [None] * len(items))
     config = load_config(None, [*settings, f"data.cache={tmp_path}"], base=CONFIG)
     survey = Survey(prepare_to_plan(config))
     for choice in choices(config, names):
