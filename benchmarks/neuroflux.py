@@ -1,14 +1,15 @@
 """NeuroFlux against back-propagation and classic local learning, each under the same memory budget, held by the hard cap.
 
-    python benchmarks/neuroflux.py [--models vgg11_bn resnet18] [--samples 1000] [--epochs 5] [--batch 128] [--seed 0]
+    python benchmarks/neuroflux.py [--models vgg11_bn resnet18] [--samples 1000] [--epochs 5] [--batch 128] [--at-most N]
+                                   [--learning-rate 0.1] [--seed 0]
                                    [--budgets 0.3 0.45 1.0] [--methods bp neuroflux …] [--no-test] [--out DIR] [--markdown FILE]
 
 Fashion-MNIST padded to 32 × 32, a keyed choice of its training samples, and 1,200 others as validation data; `python -m dfed
 train`. Budgets are shares of what plain back-propagation in mini-batches of `--batch` needs, in bytes the same for all
-methods: tight, medium, loose. Every method uses the largest mini-batch, up to `--batch`, that fits the budget: `bp`; `bp` with
-activation checkpointing; `bp` in micro-batches, whose gradients are added up; classic local learning, all layers in every
-mini-batch, or one after another (`sequential`); and `neuroflux`. Every layer sees every sample `--epochs` times under each
-method. The learning rate goes with the mini-batch.
+methods: tight, medium, loose. Every method uses the largest mini-batch, up to `--at-most` (default: `--batch`), that fits the
+budget: `bp`; `bp` with activation checkpointing; `bp` in micro-batches, whose gradients are added up; classic local learning,
+all layers in every mini-batch, or one after another (`sequential`); and `neuroflux`. Every layer sees every sample `--epochs`
+times under each method. `--learning-rate` is that of a mini-batch of `--batch`, and goes with the mini-batch.
 
 Time is that of training without evaluation (`time_s` of the summary, caches and all), accuracy that on the test set after the
 last epoch, of `neuroflux` that of the exit that was chosen on the validation data (1 point). `--no-test` leaves it out, which
@@ -48,13 +49,14 @@ METHODS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 }
 
 
-def config_of(model: str, method: str, options: argparse.Namespace) -> dict[str, Any]:
-    """Of a training without a budget."""
+def config_of(model: str, method: str, batch: int, options: argparse.Namespace) -> dict[str, Any]:
+    """Of a training without a budget, in mini-batches of up to ``batch``."""
     chosen, training = METHODS[method]
+    rate = options.learning_rate * batch / options.batch
     return {
         "seed": options.seed, "model": model, "method": chosen,
         "data": {"dataset": "fashion_mnist", "image_size": 32, "train_samples": options.samples, "validation_fraction": 0.02},
-        "training": {"epochs": options.epochs, "batch_size": options.batch, "learning_rate": 0.1, "momentum": 0.9,
+        "training": {"epochs": options.epochs, "batch_size": batch, "learning_rate": rate, "momentum": 0.9,
                      "weight_decay": 0.0005, "schedule": {"name": "cosine"}, **training},
         "metrics": {"every": 1000, "split": "validation", "test_at_end": options.test}, "checkpoint": {"every": 1000},
     }
@@ -62,7 +64,7 @@ def config_of(model: str, method: str, options: argparse.Namespace) -> dict[str,
 
 def full_bytes(model: str, options: argparse.Namespace) -> int:
     """The budget that is sure to do for back-propagation in whole mini-batches."""
-    config = {**config_of(model, "bp", options), "method": "bp", "memory": 1.0}
+    config = {**config_of(model, "bp", options.batch, options), "method": "bp", "memory": 1.0}
     budget = prepare(load_train_config(None, (), config), torch.device("cpu")).budget_bytes
     assert budget is not None
     return budget
@@ -70,7 +72,8 @@ def full_bytes(model: str, options: argparse.Namespace) -> int:
 
 def train(folder: Path, model: str, budget_bytes: int, method: str, options: argparse.Namespace) -> dict[str, Any] | None:
     """The summary of one training, which is carried out unless it is finished; None: it does not fit."""
-    summary, said = trained(folder, {**config_of(model, method, options), "memory": budget_bytes})
+    config = config_of(model, method, options.at_most or options.batch, options)
+    summary, said = trained(folder, {**config, "memory": budget_bytes})
     if summary is None:
         if "memory.budget" not in said:
             raise RuntimeError(f"{folder}: {said}")
@@ -135,6 +138,8 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=1000)
     parser.add_argument("--epochs", type=int, default=5)
     parser.add_argument("--batch", type=int, default=128)
+    parser.add_argument("--at-most", type=int, help="no larger mini-batch than this (default: --batch)")
+    parser.add_argument("--learning-rate", type=float, default=0.1)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
     parser.add_argument("--no-test", dest="test", action="store_false", help="speed only")
