@@ -5,8 +5,8 @@ makes them: the order is encoded and broadcast, every rank takes its payloads ou
 reduced. Training is left out, and the time of folding taken off. The reference is one bare `broadcast` and one bare
 `reduce` of the same bytes, in the same processes, turn by turn. Cohorts of 50 and of 500 clients, likewise turn by turn.
 
-*Folding.* Two clients' updates into the partial sums, one after the other, against `add_` of float32 tensors of the same
-shapes, twice.
+*Folding.* Four clients' updates into the partial sums, one after the other, against `add_` of float32 tensors of the same
+shapes, four times. (Sums take up to four updates in one pass, so that fewer would not show what one costs.)
 
 *Codecs.* Encoding and decoding every tensor of the model, on one thread, against `copy_` of the same tensors, as speeds; and
 the bytes of the encoded model, header included, as a share of float32's.
@@ -37,6 +37,7 @@ from torch import Tensor
 from dfed.memory import malloc
 
 COHORTS = (50, 500)
+FOLDED = 4
 CODECS = ("fp32", "fp16", "bf16", "int8", "int8_affine", "int4", "qsgd", "top_k(density=0.01)", "random_k(density=0.01)",
           "bitmask(density=0.5)")
 CONFIG = {
@@ -173,7 +174,7 @@ def model_tensors() -> dict[str, Tensor]:
 
 
 def fold_ratio(tensors: Mapping[str, Tensor], turns: int) -> float:
-    """Time of folding two updates against two additions in float32, turn by turn."""
+    """Time of folding updates against additions in float32, turn by turn."""
     from dfed.comm.partial_sums import PartialSums, value_range
     from dfed.region import WHOLE
 
@@ -181,20 +182,19 @@ def fold_ratio(tensors: Mapping[str, Tensor], turns: int) -> float:
     ranges = {name: value_range(value) for name, value in tensors.items()}
     totals = {name: torch.zeros_like(value) for name, value in tensors.items()}
     regions = dict.fromkeys(tensors, WHOLE)
-
-    others = {name: value.clone() for name, value in tensors.items()}
+    updates = [{name: value.clone() for name, value in tensors.items()} for _ in range(FOLDED)]
 
     def fold() -> None:
-        for update in (tensors, others):
+        for update in updates:
             sums.add(update, regions, 0.001, ranges)
 
     def add() -> None:
-        for update in (tensors, others):
+        for update in updates:
             for name, value in update.items():
                 totals[name].add_(value)
 
     folded, added = _turns([fold, add], turns)
-    milliseconds = [500 * statistics.median(times) for times in (folded, added)]
+    milliseconds = [1e3 / FOLDED * statistics.median(times) for times in (folded, added)]
     print(f"\nan update: folding {milliseconds[0]:.1f} ms, float32 addition {milliseconds[1]:.1f} ms, "
           f"ratio {_ratio(folded, added):.2f}")
     return _ratio(folded, added)

@@ -28,7 +28,7 @@ from dfed.client.settings import ClientSettings, make_optimizer
 from dfed.client.skeleton import Skeleton
 from dfed.client.thread import TrainingThread
 from dfed.client.training import on_cpu, rehearse, run_plan
-from dfed.comm.partial_sums import PartialSums, check_values
+from dfed.comm.partial_sums import PartialSums, check_update
 from dfed.comm.wire import Message
 from dfed.data import AUGMENTATIONS, Dataset, Partition, client_batches
 from dfed.errors import CheckpointError, RankLost, SumsLost, UpdateRejected
@@ -147,8 +147,7 @@ class Worker:
             if down.per_client:
                 update = form.encode_update(down.round_index, plan.client, tensors, base, errors)
                 arrives = form.decode_update(update, base)
-                for name, value in arrives.items():
-                    check_values(name, value, down.ranges[name])
+                check_update(arrives, down.ranges)
             else:
                 arrives = form.through_codecs(down.round_index, plan.client, tensors, base, errors)
             if down.home is not None:

@@ -30,6 +30,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.utils import get_total_norm
 
 from dfed.comm.processor import piece_length
 from dfed.errors import DfedError, SumsLost, UpdateRejected
@@ -41,6 +42,7 @@ MIN_RANGE = 2.0**14
 _HEADROOM = 64.0
 _SMALL_NORM = 0.99 * MIN_RANGE / _HEADROOM  # the rest is for the rounding of the norm
 _CHUNK = piece_length(65_536)  # float64 chunks of 512 KiB stay in a large second-level cache
+_AT_ONCE, _WAITING_BYTES = 4, 2**28  # updates folded in one pass
 _UNDIVIDED = 32_768  # torch never divides so few entries among threads, at places that are no whole vectors
 _LANES = 64  # a multiple of what any processor's vectors hold
 
@@ -66,6 +68,19 @@ def value_range(tensor: Tensor) -> float:
 def weight_scale(total_weight: int) -> float:
     """The power of two by which weights that sum to ``total_weight`` are scaled, to sum to at most 1."""
     return 2.0 ** -(max(1, total_weight) - 1).bit_length()
+
+
+def check_update(values: Mapping[str, Tensor], ranges: Mapping[str, float]) -> None:
+    """As :func:`check_values`, for all tensors of an update (on one device), each with its range.
+
+    Raises:
+        UpdateRejected: Likewise, naming the first.
+    """
+    filled = [value for value in values.values() if value.numel()]
+    if filled and float(get_total_norm(filled, foreach=True)) < min(ranges[name] for name in values) / 4:
+        return  # the cheap way: no entry is larger than the norm of all, with room for its rounding; false also for NaN
+    for name, value in values.items():
+        check_values(name, value, ranges[name])
 
 
 def check_values(name: str, value: Tensor, limit: float) -> None:
@@ -119,8 +134,8 @@ class _Update(NamedTuple):
 class PartialSums:
     """The weighted sums of one round on one rank: float64, one flat buffer, in the global tensors' layout.
 
-    Every other update waits for the next one, and both are folded in one pass over the sums, which is what costs. So the
-    tensors of one update are kept a while, and must not be changed.
+    Updates wait for each other, and four are folded in one pass over the sums, which is what costs; two at least, and as many
+    as take 256 MiB together. So the tensors of an update are kept a while, and must not be changed.
 
     Args:
         shapes: Of the tensors that come up this round, by name.
@@ -136,7 +151,7 @@ class PartialSums:
             self._views[name] = self._flat[offset:offset + size].view(shape)
             offset += size
         self._offsets: dict[str, float] = {}  # what each tensor's sums stand above their values at present
-        self._waiting: _Update | None = None
+        self._waiting: list[_Update] = []
         self._unset = set(self.shapes)  # tensors whose sums are zero, though the buffer holds anything
         self._chunk = _CHUNK if torch.get_num_threads() == 1 else _UNDIVIDED
         self._scratch = torch.empty(self._chunk, dtype=torch.float64)
@@ -154,9 +169,8 @@ class PartialSums:
 
     def _settle(self) -> None:
         """Fold what waits, and bring every sum from where it was kept to its value; exact."""
-        if self._waiting is not None:
-            waiting, self._waiting = self._waiting, None
-            self._fold(waiting, settles=True)
+        if self._waiting:
+            self._fold(settles=True)
         for name in self._unset:
             self._views[name].zero_()
         self._unset.clear()
@@ -166,7 +180,7 @@ class PartialSums:
 
     def clear(self) -> None:
         """Set all sums to zero."""
-        self._waiting = None
+        self._waiting.clear()
         self._offsets.clear()
         self._unset = set(self.shapes)
 
@@ -194,17 +208,15 @@ class PartialSums:
         """
         for name, value in update.items():
             assert tuple(value.shape) == regions[name].shape(self.shapes[name]), f"{name}: {tuple(value.shape)}"
-            check_values(name, value, ranges[name])
-        mine = _Update(update, regions, _odd(weight), ranges)
-        waiting, self._waiting = self._waiting, None
-        if waiting is not None:
-            self._fold(waiting, mine, settles=last)
-        elif last:
-            self._fold(mine, settles=True)
-        else:
-            self._waiting = mine
+        check_update(update, ranges)
+        self._waiting.append(_Update(update, regions, _odd(weight), ranges))
+        num_bytes = 4 * sum(value.numel() for value in update.values())
+        if last or len(self._waiting) >= max(2, min(_AT_ONCE, _WAITING_BYTES // max(1, num_bytes))):
+            self._fold(settles=last)
 
-    def _fold(self, *updates: _Update, settles: bool) -> None:
+    def _fold(self, *, settles: bool) -> None:
+        """Fold what waits."""
+        updates, self._waiting = self._waiting, []
         try:
             self._fold_all(updates, settles)
         except Exception as error:  # e.g. this machine has no memory left for a copy
@@ -254,8 +266,11 @@ class PartialSums:
         """
         fused = sums.numel() // _LANES * _LANES if _fuses() else 0
         weights = [weight for _, weight in parts]
-        pieces = (tensor[:fused].split(self._chunk) for tensor in (sums, *(value for value, _ in parts)))
-        for target, *values in zip(*pieces, strict=True):
+        tensors = [sums, *(value for value, _ in parts)]
+        if fused < sums.numel():
+            tensors = [tensor[:fused] for tensor in tensors]
+        pieces = zip(*(tensor.split(self._chunk) for tensor in tensors), strict=True) if fused > self._chunk else [tensors]
+        for target, *values in pieces:
             scratch = self._scratch[:target.numel()]
             for value, weight in zip(values, weights, strict=True):
                 target.add_(scratch.copy_(value), alpha=weight)

@@ -5,7 +5,7 @@ from fractions import Fraction
 import pytest
 import torch
 
-from dfed.comm.partial_sums import MIN_RANGE, PartialSums, SumsBuffer, check_values, value_range, weight_scale
+from dfed.comm.partial_sums import MIN_RANGE, PartialSums, SumsBuffer, check_update, check_values, value_range, weight_scale
 from dfed.errors import SumsLost, UpdateRejected
 from dfed.region import WHOLE, Index, Slices
 from dfed.rng import torch_generator
@@ -90,12 +90,13 @@ def test_any_order_and_any_grouping_give_the_same_bits(seed):
 
 
 def test_the_last_addition_brings_the_sums_to_their_values():
-    made = [client for client in clients(9) if len(client[0]) == len(SHAPES)]
-    for count in (1, 2, 3):
+    made = [client for client in clients(15) if len(client[0]) == len(SHAPES)]
+    assert len(made) >= 5
+    for count in range(1, 6):
         sums = PartialSums(SHAPES)
         for number, (update, regions, weight) in enumerate(made[:count], start=1):
             sums.add(update, regions, weight / 2**20, RANGES, last=number == count)
-        assert sums._waiting is None
+        assert not sums._waiting
         whole = {name for name in SHAPES if all(regions[name] is WHOLE for _, regions, _ in made[:count])}
         assert whole
         assert not whole & set(sums._offsets)
@@ -252,8 +253,31 @@ def test_an_addition_that_breaks_off_is_no_clients_fault(monkeypatch):
 
     monkeypatch.setattr(PartialSums, "_add_flat", fails)
     with pytest.raises(SumsLost, match="MemoryError: no"):
-        sums.add(update, regions, 0.25, {"a": MIN_RANGE, "b": MIN_RANGE})
+        sums.add(update, regions, 0.25, {"a": MIN_RANGE, "b": MIN_RANGE}, last=True)
     assert calls
+
+
+@pytest.mark.parametrize(("num_bytes", "waits"), [(2**28, 4), (3 * 4 * 100, 3), (4 * 100, 2), (1, 2)])
+def test_few_updates_wait_where_they_are_large(num_bytes, waits, monkeypatch):
+    monkeypatch.setattr("dfed.comm.partial_sums._WAITING_BYTES", num_bytes)
+    sums, waiting = PartialSums({"a": (100,)}), []
+    for number in range(8):
+        sums.add({"a": torch.full((100,), 1.0 + number)}, {"a": WHOLE}, 0.125, {"a": MIN_RANGE})
+        waiting.append(len(sums._waiting))
+    assert waiting == [number % waits for number in range(1, 9)]
+    assert torch.equal(sums["a"], torch.full((100,), 4.5, dtype=torch.float64))
+
+
+def test_an_update_is_refused_by_the_tensor_and_its_own_range():
+    ranges = {"a": MIN_RANGE, "b": 4 * MIN_RANGE, "empty": MIN_RANGE}
+    update = {"a": torch.ones(3), "b": torch.full((3,), 1.9 * MIN_RANGE), "empty": torch.empty(0)}
+    check_update(update, ranges)
+    check_update({}, {})
+    for bad, reason in ((2 * MIN_RANGE, "out_of_range"), (math.nan, "non_finite"), (-math.inf, "non_finite")):
+        for name in ("a", "b"):
+            with pytest.raises(UpdateRejected, match=f"tensor '{name}'") as caught:
+                check_update({**update, name: torch.tensor([0.0, bad, 0.0])}, ranges)
+            assert caught.value.reason == reason
 
 
 def test_clearing_forgets_an_update_that_waits():
