@@ -231,16 +231,20 @@ class Forecast:
 
     def _smallest_budget(self, profile: DeviceProfile, num_samples: int) -> int | None:
         """The smallest budget with which the strategy has a plan for such a client, and one that fits; None if with none."""
-        def does(budget_bytes: int) -> bool:
+        def needed(budget_bytes: int) -> int | None:
+            """What the plan for this budget needs; None if there is none that fits."""
             first = self.first(replace(profile, budget_bytes=budget_bytes), num_samples)
-            return first is not None and first.verdict == "yes"
+            return self._costs.budget_bytes(first.plan) if first is not None and first.verdict == "yes" else None
 
-        low, high = 0, _MOST_BYTES  # low does not do, high does
-        if not does(high):
+        low, high, its_need = 0, _MOST_BYTES, needed(_MOST_BYTES)  # low does not do, high does
+        if its_need is None:
             return None
         while high - low > 1:
-            middle = (low + high) // 2
-            low, high = (low, middle) if does(middle) else (middle, high)
+            # As a rule a plan is chosen down to what it needs, and no further.
+            for middle in (min(its_need, high - 1), (low + high) // 2):
+                if low < middle < high:
+                    need = needed(middle)
+                    low, high, its_need = (middle, high, its_need) if need is None else (low, middle, need)
         return high
 
     def _trained_share(self, plan: Plan) -> float:

@@ -15,7 +15,7 @@ from dfed.faults import faults_of
 from dfed.fleet import DeviceProfile, Fleet
 from dfed.forecast import Forecast, TierRow, asking, device_order
 from dfed.planner.children import in_children
-from dfed.planner.store import apart
+from dfed.planner.store import Store, apart, shapes_kept
 from dfed.planning import Planning
 from dfed.registry import STRATEGIES, calling
 from dfed.run import Prepared, prepare
@@ -50,7 +50,7 @@ def prepare_to_plan(config: Config) -> Prepared:
     """
     wanted = config.backend.device
     on_gpu = wanted == "cuda" or (wanted == "auto" and torch.cuda.is_available())
-    with apart():
+    with apart(), shapes_kept(Store.of_user(config.data.cache)):
         return prepare(config, torch.device("cuda" if on_gpu else "cpu"), to_run=False)
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -15,7 +17,25 @@ from dfed.models.layers import KeyedRandom, keyed
 from dfed.models.recompute import recomputed
 from dfed.registry import UnknownName, nearest
 
-__all__ = ["Chain", "materialise"]
+__all__ = ["Chain", "materialise", "shapes_looked_up"]
+
+Shapes = dict[str, tuple[int, ...]]
+LookUp = Callable[["Chain", Callable[[], Shapes]], Shapes]
+_look_up: ContextVar[LookUp] = ContextVar("look_up", default=lambda _, trace: trace())
+
+
+@contextmanager
+def shapes_looked_up(look_up: LookUp) -> Iterator[None]:
+    """Inside, what :meth:`Chain.output_shapes` finds for the first time comes from ``look_up``.
+
+    Args:
+        look_up: Is given the chain, and what finds out its shapes: that loads some seconds' worth of torch's modules.
+    """
+    token = _look_up.set(look_up)
+    try:
+        yield
+    finally:
+        _look_up.reset(token)
 
 
 class Chain(nn.Module):
@@ -55,7 +75,7 @@ class Chain(nn.Module):
         self.num_classes = num_classes
         self.init_scheme = init
         self._unit_names = tuple(unit_name for unit_name, _ in units)
-        self._shapes: dict[str, tuple[int, ...]] | None = None
+        self._shapes: Shapes | None = None
         self.recompute = False
         if not units:
             raise ConfigError([Fault("units", "must hold at least one unit, but is empty.")])
@@ -160,7 +180,7 @@ class Chain(nn.Module):
             return False
         return x.requires_grad or any(parameter.requires_grad for parameter in unit.parameters())
 
-    def output_shapes(self) -> dict[str, tuple[int, ...]]:
+    def output_shapes(self) -> Shapes:
         """The shape of one sample (no batch dimension) after each unit.
 
         Found once, on the meta device: nothing is allocated, drawn or changed, wherever the chain itself lies.
@@ -169,15 +189,15 @@ class Chain(nn.Module):
             ConfigError: If a unit cannot take what it is given; names the unit.
         """
         if self._shapes is None:
-            self._shapes = self.skeleton()._trace_shapes()
+            self._shapes = _look_up.get()(self, lambda: self.skeleton()._trace_shapes())
         return dict(self._shapes)
 
     @torch.no_grad()
-    def _trace_shapes(self) -> dict[str, tuple[int, ...]]:
+    def _trace_shapes(self) -> Shapes:
         """Run every unit in evaluation mode; for a chain on the meta device that is thrown away afterwards."""
         floats = (tensor.dtype for tensor in self.parameters() if tensor.is_floating_point())
         x = torch.empty((2, *self.input_shape), dtype=next(floats, None), device="meta")
-        shapes: dict[str, tuple[int, ...]] = {}
+        shapes: Shapes = {}
         self.eval()
         for name in self._unit_names:
             before = tuple(x.shape[1:])

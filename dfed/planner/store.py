@@ -20,9 +20,10 @@ from torch import nn
 import dfed
 from dfed.data import cache_folder
 from dfed.models import Chain
+from dfed.models.chain import shapes_looked_up
 from dfed.planner.children import in_children
 
-__all__ = ["Store", "apart", "describe", "own_classes"]
+__all__ = ["Store", "apart", "describe", "own_classes", "shapes_kept"]
 
 _LIBRARIES = {"torch", "torchvision", "dfed", *sys.stdlib_module_names}
 _OF_EVERY_MODULE = {*vars(nn.Module()), "generator", "_shapes"}
@@ -50,19 +51,22 @@ class Store:
         """The store in the user's cache folder."""
         return cls(cache_folder(cache) / "planner")
 
-    def get(self, depends: Any, work_out: Callable[[], Any]) -> Any:
+    def get(self, depends: Any, work_out: Callable[[], Any], *, here: bool = False) -> Any:
         """The value for ``depends`` (JSON values on which it depends, the code of dfed and torch's version apart).
 
         Where classes of the user's own take part, nothing is kept: what their code depends on cannot be known.
+
+        Args:
+            here: Work it out in this process, also inside of :func:`apart`.
         """
         text = json.dumps([_code(), torch.__version__, depends], sort_keys=True)
         if _OWN in text:
-            return _worked_out(work_out)
+            return _worked_out(work_out, here)
         key = hashlib.sha256(text.encode()).hexdigest()[:32]
         if key not in self._known:
             value = self._read(key)
             if value is None:
-                value = _worked_out(work_out)
+                value = _worked_out(work_out, here)
                 self._write(key, value)
             self._known[key] = value
         return self._known[key]
@@ -104,9 +108,22 @@ def apart() -> Iterator[None]:
         _apart.reset(token)
 
 
-def _worked_out(work_out: Callable[[], Any]) -> Any:
+@contextlib.contextmanager
+def shapes_kept(store: Store) -> Iterator[None]:
+    """Inside, the shapes of a chain are traced for the first time only. Tracing leaves torch's modules behind that children, if
+    there are any, want, too; so it is done here."""
+    def look_up(chain: Chain, trace: Callable[[], Any]) -> dict[str, tuple[int, ...]]:
+        kept = store.get(["shapes", describe(chain)], trace, here=True)
+        return {name: tuple(kept[name]) for name in chain.unit_names}
+
+    with shapes_looked_up(look_up):
+        yield
+
+
+def _worked_out(work_out: Callable[[], Any], here: bool) -> Any:
     """What ``work_out`` returns, as a file would give it back."""
-    [text] = in_children(lambda work: json.dumps(work()), [work_out], even_alone=True) if _apart.get() else [None]
+    away = _apart.get() and not here
+    [text] = in_children(lambda work: json.dumps(work()), [work_out], even_alone=True) if away else [None]
     return json.loads(json.dumps(work_out()) if text is None else text)
 
 

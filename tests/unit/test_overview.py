@@ -1,6 +1,7 @@
 """What ``dfed plan`` says, against the parts it is made of, and against a run."""
 
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ from plan_problem import BASE
 
 from dfed.config import Choice, load_config
 from dfed.errors import ConfigError
+from dfed.forecast import Forecast
 from dfed.overview import Survey, choices, prepare_to_plan
 from dfed.planning import Planning
 
@@ -62,6 +64,20 @@ def test_rows_say_what_the_parts_say(prepared):
         able = prepared.fleet.tier_clients("strong", None)
         labels = [prepared.data.train.labels(prepared.partition.indices(int(client))) for client in able]
         assert share.classes == len(np.unique(np.concatenate(labels)))
+
+
+def test_the_smallest_budget_does_and_a_byte_less_does_not(prepared):
+    for name in ("fedavg", "allsmall", "fedepth", "neulite", "neuroflux", "cocofl"):
+        (choice,) = choices(prepared.config, [name])
+        planning = planning_of(prepared, choice)
+        forecast = Forecast(planning, name, prepared.plain.costs)
+        profile = prepared.fleet.profile(0)
+        smallest = forecast._smallest_budget(profile, 20)
+        assert smallest is not None
+        verdicts = [first and first.verdict for size in (smallest - 1, smallest, 2 * smallest)
+                    for first in [forecast.first(replace(profile, budget_bytes=size), 20)]]
+        assert verdicts[0] != "yes", name
+        assert verdicts[1:] == ["yes", "yes"], name
 
 
 def test_the_smallest_budget_of_a_strategy_with_smaller_plans(prepared, tmp_path, monkeypatch):

@@ -229,7 +229,8 @@ class Bitmask(Codec):
         total = math.prod(shape)
         kept = _count(self._density, total)
         split = self._values.num_bytes((kept,))
-        chosen = torch.from_numpy(np.flatnonzero(np.unpackbits(data[split:].numpy(), count=total, bitorder="little").view(bool)))
+        bits = np.unpackbits(data[split:].numpy(), count=total, bitorder="little").view(bool)
+        chosen = torch.from_numpy(np.flatnonzero(bits))
         if len(chosen) != kept:
             raise WireError(f"a bitmask of {total} entries must have {kept} bits set, but has {len(chosen)}.")
         values = _decode_values(self._values, data[:split], kept, key)

@@ -15,7 +15,7 @@ from torch import nn
 from dfed.client import ClientSettings
 from dfed.models import Chain, build_chain
 from dfed.planner import Store, chain_costs
-from dfed.planner.store import describe
+from dfed.planner.store import apart, describe, shapes_kept
 
 
 class Counted:
@@ -278,6 +278,25 @@ def test_the_description_is_the_same_in_every_process(tmp_path, monkeypatch):
                           env={**os.environ, "PYTHONHASHSEED": "1"})
     monkeypatch.syspath_prepend(str(tmp_path))
     assert done.stdout.strip() == importlib.import_module("describes_own").TEXT
+
+
+def test_shapes_are_traced_once(tmp_path, monkeypatch):
+    traced, trace = [], Chain._trace_shapes
+    monkeypatch.setattr(Chain, "_trace_shapes", lambda chain: traced.append(chain.name) or trace(chain))
+    wanted = build_chain("resnet8", {}, input_shape=(1, 28, 28), num_classes=10).output_shapes()
+    assert traced == ["resnet8"]
+    for number in range(3):
+        with apart(), shapes_kept(Store(tmp_path)):
+            found = build_chain("resnet8", {}, input_shape=(1, 28, 28), num_classes=10).output_shapes()
+            assert (list(found.items()), len(traced)) == (list(wanted.items()), 2), number
+    with shapes_kept(Store(tmp_path)):
+        other = build_chain("resnet8", {}, input_shape=(3, 32, 32), num_classes=10).output_shapes()
+        assert (other["stem"][1:], len(traced)) == ((32, 32), 3)
+        for number in range(4, 6):
+            chain_of(type("Mine", (nn.Flatten,), {})()).output_shapes()  # of the user's own: always
+            assert len(traced) == number
+    build_chain("resnet8", {}, input_shape=(1, 28, 28), num_classes=10)
+    assert len(traced) == 6
 
 
 def test_costs_are_taken_from_the_store(tmp_path):
