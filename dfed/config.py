@@ -39,7 +39,7 @@ class ServerSettings(Settings):
 
     Attributes:
         max_failed_fraction: The run ends when more of a cohort than this failed by their own fault: exceptions and
-            rejected updates; not running out of memory, not dropping out, not being late.
+            rejected updates; not running out of memory, not dropping out, not being late, not having lost features.
         deadline_s: Simulated seconds for which the server waits for its clients in a round at most; None: for as long as it
             takes. Who would be done later is not waited for.
         over_selection: Clients drawn for each that is wanted, not more than there are: the round takes the ``cohort`` that are

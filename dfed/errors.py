@@ -4,6 +4,7 @@
     ├── ConfigError (ValueError)        the user's settings; carries all faults at once
     ├── DataError (ValueError)          data that is missing, or cannot be dealt out as asked
     ├── CheckpointError                 a checkpoint that is absent, cut short, or of another run
+    ├── FeaturesLost                    what a client keeps in the place of its samples is not there, or damaged
     ├── WireError                       a message that is malformed; names round, client and rank
     ├── SumsLost                        a rank's partial sums that were spoiled half-way through an addition
     ├── ExchangeFailed                  an error of the server's while updates were on their way to it
@@ -27,6 +28,7 @@ __all__ = [
     "DfedError",
     "ExchangeFailed",
     "Fault",
+    "FeaturesLost",
     "RankLost",
     "SumsLost",
     "TooManyFailures",
@@ -68,6 +70,10 @@ class DataError(DfedError, ValueError):
 
 class CheckpointError(DfedError):
     """A checkpoint that is absent, damaged, or of another configuration."""
+
+
+class FeaturesLost(DfedError):
+    """A client's features are not there, or damaged; it can make them again."""
 
 
 class WireError(DfedError):

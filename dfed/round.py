@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
+from dfed.client import FEATURES_LOST
 from dfed.cohort import Cohort, Job, choose_cohort, encode_order
 from dfed.comm import Message, Transport, wire
 from dfed.comm.partial_sums import PartialSums
@@ -91,9 +92,7 @@ def lead_round(job: Job, state: ServerState) -> RoundResult:
     if note := job.strategy.note(new):
         row["strategy"] = as_saved("what a strategy notes of a round", note)
     new = replace(new, sampler=advance(job.sampler, state, lambda: job.view(state), row, clients))
-    keepers = [report["client"] for report in reports if report["keeps_state"] and report["status"] == "completed"]
-    new = replace(new, infeasible=_infeasible(job, cohort, clients, state),
-                  clients={**state.clients, **dict.fromkeys(keepers, state.round_index)})
+    new = replace(new, infeasible=_infeasible(job, cohort, clients, state), clients=_remembering(reports, state))
     new = replace(new, facts=as_saved("the facts of a strategy", new.facts))
     weights = {client: job.partition.num_samples(client) * order.meta["scale"] for client in done}
     diversity = {} if changes is None else changes.diversity((weights[c], done[c][1]["change_squares"]) for c in done)
@@ -195,6 +194,14 @@ def _infeasible(job: Job, cohort: Cohort, clients: Sequence[Mapping[str, Any]], 
     return known
 
 
+def _remembering(reports: Sequence[Mapping[str, Any]], state: ServerState) -> Mapping[str, int]:
+    """Who remembers something now, and as of which round; who has lost it begins anew."""
+    keepers = [report["client"] for report in reports if report["keeps_state"] and report["status"] == "completed"]
+    lost = {report["client"] for report in reports if report["reason"] == FEATURES_LOST}
+    known = {client: version for client, version in state.clients.items() if client not in lost} if lost else state.clients
+    return {**known, **dict.fromkeys(keepers, state.round_index)}
+
+
 def _contribution(job: Job, plan: Plan) -> Contribution:
     form = job.forms.of(plan)
     sent = {entry.name: form.regions[entry.name] for entry in form.up}
@@ -213,7 +220,7 @@ def _received(job: Job, order: Message, completed: Iterable[Plan]) -> dict[str, 
 
 
 def _check_failures(job: Job, reports: Sequence[Mapping[str, Any]], round_index: int) -> None:
-    failed = [report for report in reports if report["status"] == "failed"]
+    failed = [report for report in reports if report["status"] == "failed" and report["reason"] != FEATURES_LOST]
     if reports and len(failed) > job.max_failed_fraction * len(reports):
         raise TooManyFailures(
             f"round {round_index}: {len(failed)} of {len(reports)} clients failed, more than "

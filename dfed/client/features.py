@@ -19,7 +19,7 @@ from dfed.client.home import ClientHome
 from dfed.client.skeleton import Skeleton
 from dfed.data import Dataset, Subset
 from dfed.data.row_file import RowFile
-from dfed.errors import CheckpointError
+from dfed.errors import CheckpointError, FeaturesLost
 from dfed.models import Chain
 from dfed.strategies import Feed
 
@@ -121,15 +121,15 @@ class ClientFeatures:
         """Look at every byte of the file that is there already, and is read or made into another one.
 
         Raises:
-            CheckpointError: If it is not there, or was changed since it was written.
+            FeaturesLost: If it is not there, or was changed since it was written.
         """
         version = self._feed.source if self._feed.units else self._feed.version
         if version is None:
             return
         fault = self._rows(version).fault(self._key(version), bytes_too=True)
         if fault is not None:
-            raise CheckpointError(f"client {self._client} must have the features that it made in round {version} or later, but "
-                                  f"{fault}.")
+            raise FeaturesLost(f"client {self._client} must have the features that it made in round {version} or later, but "
+                               f"{fault}. It makes them anew when it is next asked.")
 
     def source(self, size: int) -> Iterator[Tensor]:
         version, count = self._feed.source, len(self._indices)

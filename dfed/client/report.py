@@ -8,7 +8,9 @@ from dataclasses import dataclass, field
 from dfed.memory import is_out_of_memory
 from dfed.settings import format_bytes
 
-__all__ = ["ClientReport"]
+__all__ = ["FEATURES_LOST", "ClientReport"]
+
+FEATURES_LOST = "features_lost"
 
 _TRACEBACK_CHARACTERS = 4000
 _ERROR_CHARACTERS = 120
@@ -22,7 +24,8 @@ class ClientReport:
     Attributes:
         status: ``completed``, ``oom`` or ``failed``.
         reason: Why it did not complete: ``oom``, or of the failed: ``exception``, ``non_finite``, ``out_of_range``,
-            ``dropout``, and ``host_memory``: the machine ran out while no cap was in force.
+            ``dropout``, ``features_lost``: what it kept in the place of its samples is gone, and the server forgets that it had
+            any; and ``host_memory``: the machine ran out while no cap was in force.
         detail: The error's text, for the log.
         loss: Mean training loss over all visits.
         loss_rms: Root of the mean, over all visits, of the square of their mini-batch's mean loss.

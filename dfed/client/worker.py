@@ -23,7 +23,7 @@ from dfed.client.evaluation import Trial
 from dfed.client.features import ClientFeatures
 from dfed.client.forms import Form, Forms, nothing
 from dfed.client.home import errors_of, next_state, own_state
-from dfed.client.report import ClientReport
+from dfed.client.report import FEATURES_LOST, ClientReport
 from dfed.client.settings import ClientSettings, make_optimizer
 from dfed.client.skeleton import Skeleton
 from dfed.client.thread import TrainingThread
@@ -31,7 +31,7 @@ from dfed.client.training import on_cpu, rehearse, run_plan
 from dfed.comm.partial_sums import PartialSums, check_update
 from dfed.comm.wire import Message
 from dfed.data import AUGMENTATIONS, Dataset, Partition, client_batches
-from dfed.errors import CheckpointError, RankLost, SumsLost, UpdateRejected
+from dfed.errors import CheckpointError, FeaturesLost, RankLost, SumsLost, UpdateRejected
 from dfed.inertia import change_squares
 from dfed.plan import Phase, Plan
 from dfed.strategies import Strategy
@@ -159,6 +159,8 @@ class Worker:
             report.keeps_state = down.home is not None
         except (RankLost, CheckpointError, SumsLost, KeyboardInterrupt):
             raise
+        except FeaturesLost as error:
+            report.status, report.reason, report.detail = "failed", FEATURES_LOST, str(error)
         except UpdateRejected as error:
             report.status, report.reason = "failed", error.reason
             report.loss = report.loss_rms = None

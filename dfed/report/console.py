@@ -26,6 +26,7 @@ _CAUSES = {
     "exception": "raised an exception",
     "late": "came too late",
     "host_memory": "met a machine out of memory",
+    "features_lost": "lost what they kept of their samples",
     "non_finite": "had an update that is not finite",
     "out_of_range": "had an update out of range",
 }

@@ -7,6 +7,7 @@ import itertools
 import json
 import logging
 import math
+import re
 import shutil
 from dataclasses import replace
 
@@ -27,7 +28,7 @@ from dfed.config import load_config
 from dfed.data import client_batches
 from dfed.data.dataset import ArrayDataset
 from dfed.data.row_file import RowFile
-from dfed.errors import CheckpointError, ConfigError
+from dfed.errors import CheckpointError, ConfigError, FeaturesLost
 from dfed.leader import Leader
 from dfed.plan import Plan
 from dfed.planner.costs import with_batch
@@ -140,7 +141,7 @@ def test_features_that_are_gone_damaged_or_anothers_are_refused(tmp_path):
     def features(feed, client=5, count=6):
         return ClientFeatures(small.chain, feed, home, client, samples(), indices[:count])
 
-    with pytest.raises(CheckpointError, match=r"client 5 must have the features .* round 4 .*000005/000004.json cannot be"):
+    with pytest.raises(FeaturesLost, match=r"client 5 must have the features .* round 4 .*000005/000004.json cannot be"):
         features(there).check()
     pass_through(features(make), small.values, 4, "fp32", CPU, lambda: None)
     features(there).check()
@@ -149,20 +150,20 @@ def test_features_that_are_gone_damaged_or_anothers_are_refused(tmp_path):
     other.parent.mkdir()
     other.write_bytes(written)
     other.with_suffix(".json").write_bytes(path.with_suffix(".json").read_bytes())
-    with pytest.raises(CheckpointError, match=r"client 6 .*000006/000004.json is another's"):
+    with pytest.raises(FeaturesLost, match=r"client 6 .*000006/000004.json is another's"):
         features(there, client=6).check()
-    with pytest.raises(CheckpointError, match="is another's"):
+    with pytest.raises(FeaturesLost, match="is another's"):
         features(there, count=5).check()
     again = Feed(shape=shape, version=7, units=("conv1",), source_shape=shape, source=4)
     changed = bytes([written[0] ^ 1]) + written[1:]
     for damaged, reason in ((written[:-1], f"has {len(written) - 1} bytes instead of {len(written)}"), (changed, "differs")):
         path.write_bytes(damaged)
         for feed in (there, again):
-            with pytest.raises(CheckpointError, match=rf"client 5 must have the features .*000005/000004.features.* {reason}"):
+            with pytest.raises(FeaturesLost, match=rf"client 5 must have the features .*000005/000004.features.* {reason}"):
                 features(feed).check()
     path.write_bytes(written)
     path.with_suffix(".json").write_text("[]")
-    with pytest.raises(CheckpointError, match=r"client 5 .*000004.json is damaged"):
+    with pytest.raises(FeaturesLost, match=r"client 5 .*000004.json is damaged"):
         features(there).check()
 
     def abandoned():
@@ -416,8 +417,21 @@ def test_everybody_trains_a_model_that_fits_nobody(tmp_path, caplog, monkeypatch
         full.setattr(shutil, "disk_usage", lambda path: usage)
         with pytest.raises(CheckpointError, match=r"for what the clients keep there, but has 9 B"):
             _run(tmp_path / "new")
-    with pytest.raises(CheckpointError, match=r"client \d must have the features .* in round [24] or later, but .* bytes"):
-        _run(tmp_path / "run", "rounds=9", resumes=True)
+    _, more, _ = _run(tmp_path / "run", "rounds=12", resumes=True)
+    more, told = [row for row in more if row["round"] >= 8], caplog.text
+    lost, turns = [row for row in more if row["reason"] == "features_lost"], {}
+    for row in more:
+        turns.setdefault(row["client"], []).append((row["round"], row["status"]))
+    # Each of them fails once, and then makes its features anew, from images: all blocks before come down again.
+    assert len(lost) >= 2
+    assert len({row["client"] for row in lost}) == len(lost)
+    assert all(row["status"] == "completed" for row in more if row not in lost)
+    for row in lost:
+        assert re.search(rf"client {row['client']} features_lost: .* in round [24] or later, but .* bytes", told)
+        (_, first), *others = sorted(turns[row["client"]])
+        assert (first, [status for _, status in others]) == ("failed", ["completed"] * len(others))
+        again = [other for other in more if other["client"] == row["client"] and other not in lost]
+        assert all(other["bytes_down"] > row["bytes_down"] for other in again[:1])
 
 
 def test_the_run_s_length_counts_where_blocks_follow_it():
