@@ -201,7 +201,7 @@ class Forecast:
         costs, ordered = self._costs, sorted(range(len(profiles)), key=lambda place: device_order(profiles[place])[-1])
         weakest, first = profiles[ordered[0]], found[ordered[0]]
         most = first or self.first(replace(weakest, budget_bytes=None), num_samples)
-        smallest = self._smallest_budget(weakest, num_samples)
+        smallest = self._smallest_budget(weakest, num_samples, does=first is not None and first.verdict == "yes")
         counts = dict.fromkeys(("yes", "maybe", "no"), 0)
         for plan, count in zip(found, owners.tolist(), strict=True):
             counts[plan.verdict if plan else "no"] += count
@@ -229,22 +229,32 @@ class Forecast:
                  if limit is not None]
         return _NO_PLAN + (f", within {' and '.join(given)}" if given else "")
 
-    def _smallest_budget(self, profile: DeviceProfile, num_samples: int) -> int | None:
-        """The smallest budget with which the strategy has a plan for such a client, and one that fits; None if with none."""
+    def _smallest_budget(self, profile: DeviceProfile, num_samples: int, *, does: bool) -> int | None:
+        """The smallest budget with which the strategy has a plan for such a client, and one that fits; None if with none.
+
+        Args:
+            does: Whether the profile's own does, so that no larger one is looked at.
+        """
         def needed(budget_bytes: int) -> int | None:
             """What the plan for this budget needs; None if there is none that fits."""
             first = self.first(replace(profile, budget_bytes=budget_bytes), num_samples)
             return self._costs.budget_bytes(first.plan) if first is not None and first.verdict == "yes" else None
 
-        low, high, its_need = 0, _MOST_BYTES, needed(_MOST_BYTES)  # low does not do, high does
-        if its_need is None:
+        high = profile.budget_bytes if does and profile.budget_bytes is not None else _MOST_BYTES
+        low, need = 0, needed(high)  # low does not do, high does
+        if need is None:
             return None
+        turns = itertools.cycle(("need", "middle", "less"))
         while high - low > 1:
             # As a rule a plan is chosen down to what it needs, and no further.
-            for middle in (min(its_need, high - 1), (low + high) // 2):
-                if low < middle < high:
-                    need = needed(middle)
-                    low, high, its_need = (middle, high, its_need) if need is None else (low, middle, need)
+            budget = {"need": need, "middle": (low + high) // 2, "less": high - 1}[next(turns)]
+            if not low < budget < high:
+                continue
+            found = needed(budget)
+            if found is not None:
+                high, need = budget, found
+            else:
+                low = budget
         return high
 
     def _trained_share(self, plan: Plan) -> float:

@@ -42,7 +42,7 @@ MIN_RANGE = 2.0**14
 _HEADROOM = 64.0
 _SMALL_NORM = 0.99 * MIN_RANGE / _HEADROOM  # the rest is for the rounding of the norm
 _CHUNK = piece_length(65_536)  # float64 chunks of 512 KiB stay in a large second-level cache
-_AT_ONCE, _WAITING_BYTES = 4, 2**28  # updates folded in one pass
+_AT_ONCE, _WAITING_BYTES = 4, 2**28
 _UNDIVIDED = 32_768  # torch never divides so few entries among threads, at places that are no whole vectors
 _LANES = 64  # a multiple of what any processor's vectors hold
 
@@ -71,11 +71,7 @@ def weight_scale(total_weight: int) -> float:
 
 
 def check_update(values: Mapping[str, Tensor], ranges: Mapping[str, float]) -> None:
-    """As :func:`check_values`, for all tensors of an update (on one device), each with its range.
-
-    Raises:
-        UpdateRejected: Likewise, naming the first.
-    """
+    """As :func:`check_values`, for all tensors of an update (on one device), each with its range; names the first."""
     filled = [value for value in values.values() if value.numel()]
     if filled and float(get_total_norm(filled, foreach=True)) < min(ranges[name] for name in values) / 4:
         return  # the cheap way: no entry is larger than the norm of all, with room for its rounding; false also for NaN
@@ -91,9 +87,6 @@ def check_values(name: str, value: Tensor, limit: float) -> None:
     """
     if value.numel() == 0:
         return
-    flat = value.reshape(-1)
-    if float(torch.dot(flat, flat)) < (limit / 4) ** 2:
-        return  # the cheap way: no entry is larger than the norm, with room for its rounding; false also for NaN
     low, high = (float(bound) for bound in torch.aminmax(value))
     largest = max(-low, high)
     if not math.isfinite(low) or not math.isfinite(high):
@@ -134,8 +127,8 @@ class _Update(NamedTuple):
 class PartialSums:
     """The weighted sums of one round on one rank: float64, one flat buffer, in the global tensors' layout.
 
-    Updates wait for each other, and four are folded in one pass over the sums, which is what costs; two at least, and as many
-    as take 256 MiB together. So the tensors of an update are kept a while, and must not be changed.
+    Updates wait until there are four, or two or more that take 256 MiB, and are then folded in one pass over the sums, which is
+    what costs. So the tensors of an update are kept a while, and must not be changed.
 
     Args:
         shapes: Of the tensors that come up this round, by name.
@@ -210,8 +203,8 @@ class PartialSums:
             assert tuple(value.shape) == regions[name].shape(self.shapes[name]), f"{name}: {tuple(value.shape)}"
         check_update(update, ranges)
         self._waiting.append(_Update(update, regions, _odd(weight), ranges))
-        num_bytes = 4 * sum(value.numel() for value in update.values())
-        if last or len(self._waiting) >= max(2, min(_AT_ONCE, _WAITING_BYTES // max(1, num_bytes))):
+        num_bytes = 4 * sum(value.numel() for waiting in self._waiting for value in waiting.values.values())
+        if last or len(self._waiting) == _AT_ONCE or (len(self._waiting) > 1 and num_bytes >= _WAITING_BYTES):
             self._fold(settles=last)
 
     def _fold(self, *, settles: bool) -> None:
@@ -266,9 +259,7 @@ class PartialSums:
         """
         fused = sums.numel() // _LANES * _LANES if _fuses() else 0
         weights = [weight for _, weight in parts]
-        tensors = [sums, *(value for value, _ in parts)]
-        if fused < sums.numel():
-            tensors = [tensor[:fused] for tensor in tensors]
+        tensors = [tensor[:fused] for tensor in (sums, *(value for value, _ in parts))]
         pieces = zip(*(tensor.split(self._chunk) for tensor in tensors), strict=True) if fused > self._chunk else [tensors]
         for target, *values in pieces:
             scratch = self._scratch[:target.numel()]

@@ -21,7 +21,7 @@ from dfed.memory import CPU_OVERHEAD_BYTES, GREY_ZONE, PROBE_BATCH, predict_cour
 from dfed.plan import Phase, Plan
 from dfed.planner.flops import OperatorCounter, attention_in_parts, flop_counter, flops_by_type, flops_of
 from dfed.planner.line import PeakLine
-from dfed.planner.store import Store, describe, own_classes
+from dfed.planner.store import Store, describe, own_code
 from dfed.strategies import Strategy
 
 __all__ = ["Costs", "margins", "what_counts", "with_batch"]
@@ -70,7 +70,7 @@ class Costs:
         self._input_shape = chain.input_shape
         self._attends = any(isinstance(module, nn.MultiheadAttention) for module in chain.modules())
         # What the user's own code does with a batch of millions is not known, and perhaps not what it does with a small one.
-        self._probes = not own_classes(*chain.modules(), strategy, *strategy.parts)
+        self._probes = not own_code(*chain.modules(), strategy, *strategy.parts)
         problem = strategy.problem
         # Strategies that differ in whom they ask only, such as fedavg and exclusivefl, share their predictions.
         own = [] if _trains_plainly(strategy) else strategy.training_key()

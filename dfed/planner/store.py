@@ -6,11 +6,12 @@ import contextlib
 import contextvars
 import functools
 import hashlib
+import inspect
 import json
 import os
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from dfed.models import Chain
 from dfed.models.chain import shapes_looked_up
 from dfed.planner.children import in_children
 
-__all__ = ["Store", "apart", "describe", "own_classes", "shapes_kept"]
+__all__ = ["Store", "apart", "describe", "own_code", "shapes_kept"]
 
 _LIBRARIES = {"torch", "torchvision", "dfed", *sys.stdlib_module_names}
 _OF_EVERY_MODULE = {*vars(nn.Module()), "generator", "_shapes"}
@@ -152,14 +153,27 @@ def describe(chain: Chain, *objects: object) -> list[Any]:
     tensors = [[name, list(tensor.shape), str(tensor.dtype), tensor.requires_grad] for name, tensor in named]
     # A text of the module does not tell all, e.g. not how many heads an attention layer has.
     attributes = [[name, _attributes(module)] for name, module in chain.named_modules()]
-    sources = sorted(_source(cls) for cls in own_classes(*chain.modules(), *objects))
+    sources = sorted(map(_source, own_code(*chain.modules(), *objects)))
     return [repr(chain), list(chain.input_shape), tensors, attributes, [_OWN, *sources] if sources else []]
 
 
-def own_classes(*objects: object) -> set[type]:
-    """Classes of these objects, and their bases, that are the user's own: no library's, and not dfed's."""
-    classes = {cls for thing in objects for cls in type(thing).__mro__}
-    return {cls for cls in classes if cls.__module__.partition(".")[0] not in _LIBRARIES}
+def own_code(*objects: object) -> set[Any]:
+    """What of these objects is the user's own, no library's and not dfed's: their classes, with the bases, and functions that
+    they hold, a module's hooks among them."""
+    code: set[Any] = {cls for thing in objects for cls in type(thing).__mro__}
+    for thing in objects:
+        for value in getattr(thing, "__dict__", {}).values():
+            code.update(_functions(value))
+    return {part for part in code if part.__module__.partition(".")[0] not in _LIBRARIES}
+
+
+def _functions(value: object) -> Iterator[Any]:
+    """Functions among an attribute's value, or its values by key."""
+    for one in value.values() if isinstance(value, Mapping) else (value,):
+        while isinstance(one, functools.partial):
+            one = one.func
+        if inspect.isroutine(one) and isinstance(getattr(one, "__module__", None), str):
+            yield one
 
 
 def _attributes(module: nn.Module) -> dict[str, str]:
@@ -168,9 +182,9 @@ def _attributes(module: nn.Module) -> dict[str, str]:
     return {name: getattr(value, "__qualname__", None) or repr(value) for name, value in own.items()}
 
 
-def _source(cls: type) -> str:
-    """Hash of the file that defines a class; its name where there is none."""
+def _source(code: Any) -> str:
+    """Hash of the file that defines a class or function; its name where there is none."""
     try:
-        return hashlib.sha256(Path(sys.modules[cls.__module__].__file__ or "").read_bytes()).hexdigest()
+        return hashlib.sha256(Path(sys.modules[code.__module__].__file__ or "").read_bytes()).hexdigest()
     except (AttributeError, KeyError, OSError):
-        return f"{cls.__module__}.{cls.__qualname__}"
+        return f"{code.__module__}.{code.__qualname__}"

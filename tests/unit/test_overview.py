@@ -72,8 +72,9 @@ def test_the_smallest_budget_does_and_a_byte_less_does_not(prepared):
         planning = planning_of(prepared, choice)
         forecast = Forecast(planning, name, prepared.plain.costs)
         profile = prepared.fleet.profile(0)
-        smallest = forecast._smallest_budget(profile, 20)
-        assert smallest is not None
+        smallest = forecast._smallest_budget(replace(profile, budget_bytes=None), 20, does=True)
+        assert smallest == forecast._smallest_budget(replace(profile, budget_bytes=2 * smallest), 20, does=True)
+        assert smallest == forecast._smallest_budget(replace(profile, budget_bytes=smallest - 1), 20, does=False)
         verdicts = [first and first.verdict for size in (smallest - 1, smallest, 2 * smallest)
                     for first in [forecast.first(replace(profile, budget_bytes=size), 20)]]
         assert verdicts[0] != "yes", name

@@ -257,7 +257,7 @@ def test_an_addition_that_breaks_off_is_no_clients_fault(monkeypatch):
     assert calls
 
 
-@pytest.mark.parametrize(("num_bytes", "waits"), [(2**28, 4), (3 * 4 * 100, 3), (4 * 100, 2), (1, 2)])
+@pytest.mark.parametrize(("num_bytes", "waits"), [(2**28, 4), (2 * 400 + 1, 3), (2 * 400, 2), (1, 2)])
 def test_few_updates_wait_where_they_are_large(num_bytes, waits, monkeypatch):
     monkeypatch.setattr("dfed.comm.partial_sums._WAITING_BYTES", num_bytes)
     sums, waiting = PartialSums({"a": (100,)}), []
@@ -268,11 +268,22 @@ def test_few_updates_wait_where_they_are_large(num_bytes, waits, monkeypatch):
     assert torch.equal(sums["a"], torch.full((100,), 4.5, dtype=torch.float64))
 
 
+def test_small_updates_are_looked_at_as_a_whole(monkeypatch):
+    monkeypatch.setattr("dfed.comm.partial_sums.check_values", None)
+    many = {str(number): torch.full((100,), 0.24 * MIN_RANGE / 100) for number in range(100)}
+    update = {**many, "empty": torch.empty(0), "scalar": torch.tensor(0.0)}
+    check_update(update, dict.fromkeys(update, MIN_RANGE))
+
+
 def test_an_update_is_refused_by_the_tensor_and_its_own_range():
     ranges = {"a": MIN_RANGE, "b": 4 * MIN_RANGE, "empty": MIN_RANGE}
     update = {"a": torch.ones(3), "b": torch.full((3,), 1.9 * MIN_RANGE), "empty": torch.empty(0)}
     check_update(update, ranges)
     check_update({}, {})
+    for share in (0.5, 0.6, 3.9):  # of its own range the least that is too much, and what others may have
+        with pytest.raises(UpdateRejected, match="tensor 'a'"):
+            check_update({"a": torch.tensor([share * MIN_RANGE]), "b": torch.ones(3)}, ranges)
+    check_update({"a": torch.tensor([0.49 * MIN_RANGE]), "b": torch.ones(3)}, ranges)
     for bad, reason in ((2 * MIN_RANGE, "out_of_range"), (math.nan, "non_finite"), (-math.inf, "non_finite")):
         for name in ("a", "b"):
             with pytest.raises(UpdateRejected, match=f"tensor '{name}'") as caught:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import json
 import os
@@ -13,6 +14,7 @@ import torch
 from torch import nn
 
 from dfed.client import ClientSettings
+from dfed.errors import ConfigError
 from dfed.models import Chain, build_chain
 from dfed.planner import Store, chain_costs
 from dfed.planner.store import apart, describe, shapes_kept
@@ -297,6 +299,28 @@ def test_shapes_are_traced_once(tmp_path, monkeypatch):
             assert len(traced) == number
     build_chain("resnet8", {}, input_shape=(1, 28, 28), num_classes=10)
     assert len(traced) == 6
+
+
+def cut_to(count, first, *rest):
+    """A forward function, or a hook."""
+    return (rest[-1] if rest else first)[..., :count]
+
+
+@pytest.mark.parametrize("way", ["hook", "forward", "partial"])
+def test_functions_of_the_users_own_count_as_own_code(tmp_path, way):
+    def chain(count: int) -> Chain:
+        stem = nn.Identity()
+        if way == "hook":
+            stem.register_forward_hook(lambda module, given, result: cut_to(count, result))
+        else:
+            stem.forward = (lambda x: cut_to(count, x)) if way == "forward" else functools.partial(cut_to, count)
+        return Chain([("stem", stem), ("head", nn.Linear(4, 3))], input_shape=(6,), num_classes=3, name="own")
+
+    assert describe(chain(4))[-1]
+    with shapes_kept(Store(tmp_path)):
+        assert chain(4).output_shapes() == {"stem": (4,), "head": (3,)}
+        with pytest.raises(ConfigError, match="unit 'head' cannot take an input of shape"):
+            chain(3).output_shapes()
 
 
 def test_costs_are_taken_from_the_store(tmp_path):
