@@ -41,6 +41,10 @@ class Region:
         """Set these entries of ``target`` to ``value`` (of the region's shape), in place."""
         raise AssertionError("abstract")
 
+    def axes(self) -> list[list[slice] | Tensor | None]:
+        """Which places it takes along each leading dimension: slices, or int64; None: all. It is their outer product."""
+        raise AssertionError("abstract")
+
     def steps(self, target: Tensor, most: int) -> Iterator[Step]:
         """The additions that make up :meth:`add_`, each of at most ``most`` entries (or one row).
 
@@ -78,6 +82,9 @@ class Whole(Region):
     def put_(self, target: Tensor, value: Tensor) -> None:
         target.copy_(value)
 
+    def axes(self) -> list[list[slice] | Tensor | None]:
+        return []
+
     def steps(self, target: Tensor, most: int) -> Iterator[Step]:
         yield from _row_steps(target, (), most)
 
@@ -107,6 +114,9 @@ class Slices(Region):
 
     def put_(self, target: Tensor, value: Tensor) -> None:
         self.view(target).copy_(value)
+
+    def axes(self) -> list[list[slice] | Tensor | None]:
+        return [[slice(start, stop)] for start, stop in self.bounds]
 
     def steps(self, target: Tensor, most: int) -> Iterator[Step]:
         yield from _row_steps(self.view(target), (), most)
@@ -139,6 +149,9 @@ class Segments(Region):
                 raise ValueError(f"region runs must be ascending, apart, and lie in 0 … {size}, but are {runs}.")
             sizes.append(sum(stop - start for start, stop in runs))
         return (*sizes, *full[len(self.runs):])
+
+    def axes(self) -> list[list[slice] | Tensor | None]:
+        return [[slice(start, stop) for start, stop in runs] for runs in self.runs]
 
     def steps(self, target: Tensor, most: int) -> Iterator[Step]:
         for outer, inner in self._boxes():
@@ -176,7 +189,7 @@ class Index(Region):
 
     def _grid(self, tensor: Tensor) -> tuple[Tensor, ...]:
         axes = [
-            torch.arange(size) if chosen is None else torch.tensor(chosen)
+            torch.arange(size) if chosen is None else _places(chosen)
             for chosen, size in zip(self.indices, tensor.shape, strict=False)
         ]
         return tuple(
@@ -222,8 +235,17 @@ class Index(Region):
             places = (axes[0][start:start + count, None] * strides[0] + inner).reshape(-1)
             yield (slice(start, start + count),), functools.partial(_add_rows, rows, places)
 
+    def axes(self) -> list[list[slice] | Tensor | None]:
+        return [None if chosen is None else _places(chosen) for chosen in self.indices]
+
     def put_(self, target: Tensor, value: Tensor) -> None:
         target[self._grid(target)] = value
+
+
+@functools.lru_cache(maxsize=4096)
+def _places(chosen: tuple[int, ...]) -> Tensor:
+    """int64, on the CPU; not to be changed. A model's tensors share the few that there are."""
+    return torch.tensor(chosen)
 
 
 def _add_rows(rows: Tensor, places: Tensor, value: Tensor) -> None:

@@ -77,12 +77,33 @@ def _mean(total: Tensor, held: Mapping[Region, int], scale: float, old: Tensor
     if set(held) == {WHOLE}:
         weight = held[WHOLE] * scale
         return total.div_(weight).to(torch.float32), None, weight
-    weights = torch.full_like(total, held.get(WHOLE, 0) * scale)
-    for region, weight in held.items():
-        if region != WHOLE:
-            region.add_(weights, weight * scale)  # exact: whole numbers times a power of two
+    weights = _weights(total.shape, {region: weight * scale for region, weight in held.items()})
     covered = None if WHOLE in held else weights > 0
     mean = total.div_(weights).to(torch.float32)
+    weights = weights.expand(total.shape)
     if covered is None or bool(covered.all()):
         return mean, None, weights
-    return torch.where(covered, mean, old), covered, weights
+    return torch.where(covered, mean, old), covered.expand(total.shape), weights
+
+
+def _weights(shape: Sequence[int], held: Mapping[Region, float]) -> Tensor:
+    """The weight behind each entry of a tensor of this shape (float64, of a shape that can be expanded to it).
+
+    Exact: weights are whole numbers times a power of two, in any order.
+    """
+    axes = {region: region.axes() for region in held}
+    if any(axis is not None for own in axes.values() for axis in own[2:]):
+        weights = torch.zeros(tuple(shape), dtype=torch.float64)
+        for region, weight in held.items():
+            region.add_(weights, weight)
+        return weights
+    # Along two dimensions a region is an outer product, and all of them are one product of matrices.
+    marks = torch.zeros(2, len(held), max([1, *shape[:2]]), dtype=torch.float64)
+    for number, (region, weight) in enumerate(held.items()):
+        for dim in range(2):
+            own = axes[region][dim] if dim < len(axes[region]) else None
+            for places in [slice(None)] if own is None else own if isinstance(own, list) else [own]:
+                marks[dim, number, places] = weight if dim == 0 else 1.0
+    sizes = [*shape[:2], 1, 1][:2]
+    product = marks[0, :, :sizes[0]].T @ marks[1, :, :sizes[1]]
+    return product.view(tuple(sizes[:len(shape)]) + (1,) * (len(shape) - 2))

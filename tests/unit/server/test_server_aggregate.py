@@ -1,12 +1,14 @@
 import itertools
 
 import numpy as np
+import pytest
 import torch
 
 from dfed.comm.partial_sums import PartialSums, value_range, weight_scale
-from dfed.region import WHOLE, Index, Slices
+from dfed.region import WHOLE, Index, Segments, Slices
 from dfed.rng import torch_generator
 from dfed.server import Contribution, aggregate
+from dfed.server.aggregate import _weights
 from dfed.server.optimizers import adam, momentum, sgd
 from dfed.state import ServerState
 
@@ -160,3 +162,21 @@ def test_nobody_completed_or_nothing_came_up():
     new = run(CLIENTS[:1], [{"b": torch.zeros(3)}], state, sgd(), names=("b",))
     assert new.params["w"] is state.params["w"]
     assert torch.equal(new.params["b"][:3], torch.zeros(3))
+
+
+@pytest.mark.parametrize(("shape", "regions"), [
+    ((), [WHOLE]),
+    ((7,), [WHOLE, Slices(((2, 5),)), Segments((((0, 2), (4, 7)),)), Index(((1, 6, 3),))]),
+    ((6, 5), [Slices(((0, 3), (1, 5))), Segments((((0, 1), (3, 6)), ((2, 3),))), Index((None, (4, 0))), Index(((5, 2), None))]),
+    ((6, 5, 3, 3), [WHOLE, Slices(((0, 3), (1, 5))), Index(((5, 0, 3), (4, 0))), Slices(((0, 2),)), Index(((2,),))]),
+    ((4, 5, 3), [Slices(((0, 3), (1, 5), (0, 2))), Index(((3, 0), (4, 0), (2, 1))), Segments((((1, 3),), ((0, 1), (2, 5)))),
+                 WHOLE]),
+])
+def test_the_weights_behind_entries_are_those_added_up_region_by_region(shape, regions):
+    for few in range(1, len(regions) + 1):
+        held = {region: (3 + 2 * number) * 2.0**-7 for number, region in enumerate(regions[:few])}
+        one_by_one = torch.zeros(shape, dtype=torch.float64)
+        for region, weight in held.items():
+            region.view(one_by_one)  # fits
+            region.add_(one_by_one, weight)
+        assert torch.equal(_weights(shape, held).expand(shape), one_by_one), few
