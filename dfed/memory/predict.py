@@ -31,6 +31,7 @@ is left free besides. Measured: under 3 MiB for two plans in three; see docs/pla
 PROBE_BATCH = 2**24 + 43
 """Batch size for :func:`predict_lines`: a prime, so that what is a multiple of it comes from the batch."""
 
+_OF_WEIGHTS = 2.5
 _LEAST_SHARE = 256  # a length between a 256th of the batch and the batch may be a part of it, or the most that is taken of it
 _MOST_OPERATORS = 30_000  # more than any step has, unless it goes through the samples one by one
 
@@ -41,6 +42,21 @@ class NotProportional(Exception):
 
 # They change what they are given, and allocate nothing. Fake tensors do not know them: they would run on real ones.
 _FUSED = {torch.ops.aten._fused_sgd_, torch.ops.aten._fused_adam_, torch.ops.aten._fused_adamw_}
+
+
+def library_bytes(func: Any, args: Any) -> int:
+    """Bytes that a library takes beside tensors while this operator runs, as far as they are many and known.
+
+    Where a map is smaller than the kernel, oneDNN's gradient of a convolution's weights takes four times their bytes, of which it
+    touches two (measured with AVX2, whatever the batch). Two and a half are counted: near what is measured of a peak, and with
+    the tenth and the constant that a budget has above it, enough.
+    """
+    if func is not torch.ops.aten.convolution_backward.default or not args[10][1] or args[7]:
+        return 0
+    x, weight, dilation = args[1], args[2], args[6]
+    reach = [step * (extent - 1) + 1 for step, extent in zip(dilation, weight.shape[2:], strict=True)]
+    is_smaller = any(extent < kernel for extent, kernel in zip(x.shape[2:], reach, strict=True))
+    return int(_OF_WEIGHTS * weight.numel() * weight.element_size()) if is_smaller else 0
 
 
 class _StorageWatch(TorchDispatchMode):
@@ -66,6 +82,9 @@ class _StorageWatch(TorchDispatchMode):
         for leaf in (out,) if isinstance(out, torch.Tensor) else tree_leaves(out):
             if isinstance(leaf, torch.Tensor):
                 self._add(leaf, leaf.untyped_storage())
+        beside = library_bytes(func, args)
+        if beside:
+            self.course.append(self.current_bytes + beside)
         return out
 
     def _size(self, tensor: torch.Tensor, storage: torch.UntypedStorage) -> int:

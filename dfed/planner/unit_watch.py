@@ -13,6 +13,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from dfed.memory.predict import library_bytes
+
 __all__ = ["Before", "Behind", "Value", "Watch"]
 
 
@@ -88,6 +90,9 @@ class Watch(TorchDispatchMode):
         for leaf in tree_leaves(out):
             if isinstance(leaf, Tensor):
                 self._add(leaf.untyped_storage())
+        beside = library_bytes(func, args)
+        if beside:
+            self.course.append((self.own + beside, frozenset(self._named.values())))
         return out
 
     def _add(self, storage: torch.UntypedStorage) -> None:

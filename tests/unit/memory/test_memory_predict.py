@@ -95,6 +95,30 @@ def test_lifetimes_by_hand(work, kib):
     assert predict_peak(nothing, work) == kib * KIB
 
 
+@pytest.mark.parametrize(("size", "kernel", "dilation", "trained", "beside"), [
+    (4, 3, 1, True, 0), (3, 3, 1, True, 0), (2, 3, 1, True, 2.5), (1, 3, 1, True, 2.5), (4, 3, 2, True, 2.5), (5, 3, 2, True, 0),
+    (1, 1, 1, True, 0), (2, 3, 1, False, 0),
+])
+def test_the_gradient_of_weights_on_small_maps_takes_more(size, kernel, dilation, trained, beside):
+    def prepare():
+        x = torch.empty(2, 32, size, size, requires_grad=True)
+        return x, torch.empty(64, 32, kernel, kernel, requires_grad=trained)
+
+    def work(given):
+        padding = dilation * (kernel // 2)
+        torch.nn.functional.conv2d(*given, padding=padding, dilation=dilation).sum().backward()
+
+    weights, map_bytes = 4 * 64 * 32 * kernel**2, 4 * 2 * size**2
+    # The gradients of weights and input; of the output nothing but the sum's own, which is expanded.
+    held = weights * trained + 32 * map_bytes
+    peak = predict_peak(prepare, work)
+    assert held + beside * weights <= peak <= held + beside * weights + 2 * 64 * map_bytes + 64
+    lines = predict_lines(lambda: prepare()[1], lambda w: work((torch.empty(PROBE_BATCH, 32, size, size, requires_grad=True), w)))
+    fixed = max(constant for constant, _, _ in lines)
+    assert fixed >= (1 + beside) * weights * trained
+    assert fixed <= (1 + beside) * weights * trained + 64
+
+
 def test_what_was_there_before_is_not_counted():
     assert predict_peak(lambda: block(1000), lambda given: given + 1) == 1000 * KIB
     assert predict_peak(lambda: block(1000), lambda given: given.add_(1)) == 0

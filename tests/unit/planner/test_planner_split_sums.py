@@ -31,6 +31,7 @@ CNN = ("cnn", {"channels": [4, 8], "hidden": 20, "dropout": [0.2, 0.5]}, (1, 12,
 CASES = [
     (*RESNET, {"batch_size": 4, "precision": "bf16", "momentum": 0.9, "nesterov": True, "weight_decay": 0.1}),
     (*RESNET, {"batch_size": 3, "optimizer": "adam", "clip_norm": 1.0}),
+    ("resnet8", {"width": 16}, (3, 4, 4), {"batch_size": 4, "momentum": 0.9}),  # maps smaller than kernels
     (*VIT, {"batch_size": 8, "momentum": 0.9}),
     (*VIT, {"batch_size": 4, "activation_checkpointing": True, "steps": 1, "optimizer": "adamw"}),
     (*CNN, {"batch_size": 4, "activation_checkpointing": True}), (*CNN, {"batch_size": 64, "precision": "bf16"}),
