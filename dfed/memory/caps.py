@@ -13,8 +13,7 @@ measurement (None).
 
 **Grey zone.** Close to a plan's peak the verdict may depend on what ran on the rank before. Let T be the predicted peak of
 the plan's tensors and C the library overhead (``CPU_OVERHEAD_BYTES`` on the CPU, 0 on CUDA). A budget below
-T·(1 − GREY_ZONE) − C is always too small, one above T·(1 + GREY_ZONE) + C enough (docs/memory.md names the exception that is
-known). Configs whose results must be the
+T·(1 − GREY_ZONE) − C is always too small, one above T·(1 + GREY_ZONE) + C always enough. Configs whose results must be the
 same on any number of ranks keep their budgets out of what lies between.
 """
 

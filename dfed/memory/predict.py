@@ -47,9 +47,9 @@ _FUSED = {torch.ops.aten._fused_sgd_, torch.ops.aten._fused_adam_, torch.ops.ate
 def library_bytes(func: Any, args: Any) -> int:
     """Bytes that a library takes beside tensors while this operator runs, as far as they are many and known.
 
-    Where a map is smaller than the kernel, oneDNN's gradient of a convolution's weights takes four times their bytes, of which it
-    touches two (measured with AVX2, whatever the batch). Two and a half are counted: near what is measured of a peak, and with
-    the tenth and the constant that a budget has above it, enough.
+    Where a map is smaller than the kernel, oneDNN's gradient of a convolution's weights takes four times their bytes, of which
+    it touches two (measured with AVX2, whatever the batch). Two and a half are counted: near what is measured of a peak, and
+    with the tenth and the constant that a budget has above it, enough.
     """
     if func is not torch.ops.aten.convolution_backward.default or not args[10][1] or args[7]:
         return 0
