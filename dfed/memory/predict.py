@@ -31,6 +31,7 @@ is left free besides. Measured: under 3 MiB for two plans in three; see docs/pla
 PROBE_BATCH = 2**24 + 43
 """Batch size for :func:`predict_lines`: a prime, so that what is a multiple of it comes from the batch."""
 
+_CONVOLUTION_BACKWARD, _OUTPUT_MASK = torch.ops.aten.convolution_backward.default, 10
 _OF_WEIGHTS = 2.5
 _LEAST_SHARE = 256  # a length between a 256th of the batch and the batch may be a part of it, or the most that is taken of it
 _MOST_OPERATORS = 30_000  # more than any step has, unless it goes through the samples one by one
@@ -51,9 +52,11 @@ def library_bytes(func: Any, args: Any) -> int:
     it touches two (measured with AVX2, whatever the batch). Two and a half are counted: near what is measured of a peak, and
     with the tenth and the constant that a budget has above it, enough.
     """
-    if func is not torch.ops.aten.convolution_backward.default or not args[10][1] or args[7]:
+    if func is not _CONVOLUTION_BACKWARD or len(args) < _OUTPUT_MASK + 1:
         return 0
-    x, weight, dilation = args[1], args[2], args[6]
+    x, weight, dilation, is_transposed, wanted = args[1], args[2], args[6], args[7], args[_OUTPUT_MASK]
+    if is_transposed or not wanted[1]:
+        return 0
     reach = [step * (extent - 1) + 1 for step, extent in zip(dilation, weight.shape[2:], strict=True)]
     is_smaller = any(extent < kernel for extent, kernel in zip(x.shape[2:], reach, strict=True))
     return int(_OF_WEIGHTS * weight.numel() * weight.element_size()) if is_smaller else 0
