@@ -24,6 +24,7 @@ from dfed.fleet.budget import parse_memory
 from dfed.forecast import asking
 from dfed.models import Chain
 from dfed.planner import Split, Store
+from dfed.planner.compiler import load_compiler_late
 from dfed.planner.room import measurable_batch
 from dfed.planner.ways import stage_ways, too_few_values
 from dfed.registry import UnknownName
@@ -51,6 +52,7 @@ def plan_text(words: Sequence[str], options: argparse.Namespace) -> str:
     """
     files = [word for word in words if "=" not in word]
     _check_options(files, options)
+    load_compiler_late()
     with _of_options(bool(options.model)):
         findings = _find(_config(files, [word for word in words if "=" in word], options), options)
     if options.json:

@@ -21,6 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.flop_counter import conv_flop_count, register_flop_formula
 
 from dfed.blocks.int8_table import ConvShape
+from dfed.memory import at_most
 
 __all__ = ["ConvGradient", "Int8Conv", "Int8Linear", "LinearGradient", "has_full_range", "quantise_input", "turned"]
 
@@ -56,7 +57,7 @@ def quantise_input(x: Tensor, scale: float | None = None) -> tuple[Tensor, float
     by_pixel = x.ndim == 4 and not x.is_contiguous()
     dense = (x.detach().permute(0, 2, 3, 1) if by_pixel else x.detach()).contiguous()
     codes = torch.empty(dense.shape, dtype=torch.uint8, device=x.device)
-    piece = torch.empty(min(_PIECE, x.numel()), dtype=torch.float32, device=x.device)
+    piece = at_most(x.numel(), _PIECE, lambda size: torch.empty(size, dtype=torch.float32, device=x.device))
     own, zero = 1.0, 128
     if x.numel() and not _is_hollow(x):
         own, zero = _range(dense)

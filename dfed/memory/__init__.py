@@ -4,20 +4,27 @@ from dfed.memory.caps import GREY_ZONE, MemoryMeter, MemorySettings, check_cap, 
 from dfed.memory.predict import (
     CPU_OVERHEAD_BYTES,
     PROBE_BATCH,
+    Counter,
+    Level,
     NotProportional,
+    at_most,
     predict_course,
     predict_levels,
     predict_lines,
     predict_peak,
 )
+from dfed.memory.storageless import warm_up
 
 __all__ = [
     "CPU_OVERHEAD_BYTES",
     "GREY_ZONE",
     "PROBE_BATCH",
+    "Counter",
+    "Level",
     "MemoryMeter",
     "MemorySettings",
     "NotProportional",
+    "at_most",
     "check_cap",
     "is_out_of_memory",
     "make_cap",
@@ -25,4 +32,5 @@ __all__ = [
     "predict_levels",
     "predict_lines",
     "predict_peak",
+    "warm_up",
 ]

@@ -9,17 +9,20 @@ from __future__ import annotations
 
 import gc
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from fractions import Fraction
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
+from dfed.memory.storageless import ASKS_DEVICE, OperatorMode, StoragelessMode, run
+
 __all__ = [
-    "CPU_OVERHEAD_BYTES", "PROBE_BATCH", "NotProportional", "predict_course", "predict_levels", "predict_lines", "predict_peak",
+    "CPU_OVERHEAD_BYTES", "PROBE_BATCH", "Counter", "Level", "NotProportional", "at_most", "predict_course", "predict_levels",
+    "predict_lines", "predict_peak",
 ]
 
 Prepared = TypeVar("Prepared")
@@ -45,6 +48,37 @@ class NotProportional(Exception):
 _FUSED = {torch.ops.aten._fused_sgd_, torch.ops.aten._fused_adam_, torch.ops.aten._fused_adamw_}
 
 
+_whole: set[Any] = set()  # operators known not to consist of others
+
+
+class Level(NamedTuple):
+    """Bytes at one allocation, for batches of every size.
+
+    Attributes:
+        fixed: Those that do not depend on the batch.
+        per_sample, per_pair: For each sample, and for each pair of samples, such as those of a matrix of all products.
+        capped, most: For each sample, but no more than ``most`` in all; see :func:`at_most`.
+    """
+
+    fixed: int
+    per_sample: int
+    per_pair: int
+    capped: int = 0
+    most: int = 0
+
+    def at(self, batch_size: int) -> int:
+        """Bytes at this batch size."""
+        bent = (self.per_sample + self.per_pair * batch_size) * batch_size
+        return self.fixed + bent + min(self.capped * batch_size, self.most)
+
+
+class Counter(Protocol):
+    """Adds up something over operators."""
+
+    def count(self, func: Any, args: Any, kwargs: Any, out: Any, key: Hashable) -> None:
+        """One operator, what it was given and returned; calls of the same ``key`` are alike, unless it is None."""
+
+
 def library_bytes(func: Any, args: Any) -> int:
     """Bytes that a library takes beside tensors while this operator runs, as far as they are many and known.
 
@@ -62,26 +96,44 @@ def library_bytes(func: Any, args: Any) -> int:
     return int(_OF_WEIGHTS * weight.numel() * weight.element_size()) if is_smaller else 0
 
 
-class _StorageWatch(TorchDispatchMode):
-    """Adds up the bytes of all storages that came to life since :meth:`start`; writes the sum down as each comes."""
+class _StorageWatch(OperatorMode):
+    """Adds up the bytes of all storages that came to life since :meth:`start`; writes the sum down as each comes.
 
-    def __init__(self) -> None:
+    Args:
+        fakes: The mode whose tensors it watches.
+        counter: Is told of every operator.
+    """
+
+    def __init__(self, fakes: StoragelessMode, counter: Counter | None = None) -> None:
         super().__init__()
+        self._fakes, self._counter, self._started = fakes, counter, False
         self.current_bytes = 0
         self.course: list[int] = []
         self._alive: dict[int, int] = {}
+        self._ends: dict[int, weakref.ref[Any]] = {}
         self._given: set[int] = set()
 
     def start(self) -> None:
         """Count from here: storages that are there already count for nothing, whatever views of them are made."""
         self._given = set(self._alive)
         self._alive = dict.fromkeys(self._alive, 0)
-        self.current_bytes, self.course = 0, []
+        self.current_bytes, self.course, self._started = 0, [], True
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is ASKS_DEVICE:
+            return args[0].device
         if func.overloadpacket in _FUSED:
             return None
-        out = func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        if func not in _whole:
+            with self:
+                out = func.decompose(*args, **kwargs)  # what consists of others is looked at as these
+            if out is not NotImplemented:
+                return out
+            _whole.add(func)
+        out, key = run(func, args, kwargs, self._fakes)
+        if self._started and self._counter is not None:
+            self._counter.count(func, args, kwargs, out, key)
         for leaf in (out,) if isinstance(out, torch.Tensor) else tree_leaves(out):
             if isinstance(leaf, torch.Tensor):
                 self._add(leaf, leaf.untyped_storage())
@@ -102,13 +154,14 @@ class _StorageWatch(TorchDispatchMode):
         if known == size:
             return
         if known is None:
-            weakref.finalize(storage, self._drop, handle)
+            self._ends[handle] = weakref.ref(storage, lambda _: self._drop(handle))
         self._alive[handle] = size
         self.current_bytes += size - (known or 0)
         self.course.append(self.current_bytes)
 
     def _drop(self, handle: int) -> None:
         self.current_bytes -= self._alive.pop(handle)
+        del self._ends[handle]
         self._given.discard(handle)
 
 
@@ -119,16 +172,38 @@ _DIGIT = 64
 class _ProbeWatch(_StorageWatch):
     """Adds up bytes of work on a batch of :data:`PROBE_BATCH`, those that do not depend on the batch apart from those that do.
 
-    A sum is one integer: the bytes that do not, 2 ** 64 times the bytes per sample of those that do, and 2 ** 128 times the
-    bytes per pair of samples.
+    A sum is one integer: the bytes that do not, 2 ** 64 times the bytes per sample of those that do, 2 ** 128 times the bytes
+    per pair of samples, and 2 ** 192 times the bytes per sample of a storage that :func:`at_most` made.
+
+    Attributes:
+        most: Bytes of such a storage at its largest.
 
     Raises:
         NotProportional: Where a storage is none of these, and before what would go through the samples one by one.
     """
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, fakes: StoragelessMode, counter: Counter | None = None) -> None:
+        super().__init__(fakes, counter)
         self._num_operators = 0
+        self._share: Fraction | None = None
+        self.most = 0
+
+    @contextmanager
+    def capping(self, share: Fraction) -> Iterator[None]:
+        """Inside, storages are made of which a batch of this size would have ``share`` as many bytes if nothing capped them."""
+        self._share = share
+        try:
+            yield
+        finally:
+            self._share = None
+
+    def levels(self) -> list[Level]:
+        """The course, taken apart."""
+        mask, found = (1 << _DIGIT) - 1, []
+        for total in self.course:
+            fixed, per_sample, per_pair, capped = (total >> digit * _DIGIT & mask for digit in range(4))
+            found.append(Level(fixed, per_sample, per_pair, capped, self.most if capped else 0))
+        return found
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.namespace == "prim":  # a question; torch ends the process if it is answered with an exception
@@ -143,13 +218,24 @@ class _ProbeWatch(_StorageWatch):
 
     def _size(self, tensor: torch.Tensor, storage: torch.UntypedStorage) -> int:
         size, power = storage.nbytes(), 0
+        if self._share is not None:
+            return self._capped(size, self._share)
         while size and size % PROBE_BATCH == 0:
             size, power = size // PROBE_BATCH, power + 1
         least = PROBE_BATCH // _LEAST_SHARE
         in_parts = storage.nbytes() >= least and any(_without_batch(extent) >= least for extent in tensor.shape)
-        if in_parts:
+        if in_parts or power > 2:
             raise NotProportional(f"{storage.nbytes()} bytes of shape {tuple(tensor.shape)} for {PROBE_BATCH} samples")
         return size << _DIGIT * power
+
+
+    def _capped(self, size: int, share: Fraction) -> int:
+        per_sample = size * share / PROBE_BATCH
+        alone = not self.current_bytes >> 3 * _DIGIT and self.most in (0, size)
+        if per_sample.denominator > 1 or not alone:
+            raise NotProportional(f"{size} bytes at most, of {float(size * share):g} for {PROBE_BATCH} samples")
+        self.most = size
+        return per_sample.numerator << 3 * _DIGIT
 
 
 def _without_batch(extent: int) -> int:
@@ -163,7 +249,20 @@ def _largest_extent(args: Iterable[Any]) -> int:
     return max((extent for leaf in tree_leaves(args) if isinstance(leaf, torch.Tensor) for extent in leaf.shape), default=0)
 
 
-def predict_course(prepare: Callable[[], Prepared], work: Callable[[Prepared], object]) -> list[int]:
+_probe: _ProbeWatch | None = None
+
+
+def at_most(size: int, most: int, make: Callable[[int], Tensor]) -> Tensor:
+    """``make`` of the smaller of two sizes, where one depends on the batch and the other does not: :func:`predict_lines` then
+    knows what it comes to for other batches. No second one may be made as long as the first is there."""
+    if _probe is None or size <= most:
+        return make(min(size, most))
+    with _probe.capping(Fraction(size, most)):
+        return make(most)
+
+
+def predict_course(prepare: Callable[[], Prepared], work: Callable[[Prepared], object],
+                   counter: Counter | None = None) -> list[int]:
     """Bytes that ``work`` would hold in tensors that it allocates itself, at each of its allocations, in order.
 
     The same work on batches of another size makes the same allocations in the same order, of other sizes.
@@ -171,18 +270,18 @@ def predict_course(prepare: Callable[[], Prepared], work: Callable[[Prepared], o
     Args:
         prepare: Makes what is there before; its tensors are not counted. Runs under the same ``FakeTensorMode``.
         work: Gets what ``prepare`` returned. It must not look at the values of tensors. What it returns is dropped.
+        counter: Is told of every operator of ``work``.
     """
-    watch = _StorageWatch()
-    with _watched(watch):
+    with _watched(_StorageWatch, counter) as watch:
         prepared = prepare()
         watch.start()
         work(prepared)
     return watch.course
 
 
-def predict_lines(prepare: Callable[[], Prepared], work: Callable[[Prepared], object]) -> list[tuple[int, int, int]]:
-    """As :func:`predict_course`, for batches of every size at once: bytes at each allocation that do not depend on the batch,
-    bytes per sample, and bytes per pair of samples, such as those of a matrix of all products.
+def predict_lines(prepare: Callable[[], Prepared], work: Callable[[Prepared], object],
+                  counter: Counter | None = None) -> list[Level]:
+    """As :func:`predict_course`, for batches of every size at once.
 
     Found from one prediction, at a batch size that is a large prime: a storage whose bytes are a multiple of it comes from the
     batch, any other does not. That holds for work that does the same at every batch size. Where fewer than 65,536 samples are
@@ -191,17 +290,23 @@ def predict_lines(prepare: Callable[[], Prepared], work: Callable[[Prepared], ob
     Args:
         prepare: As for :func:`predict_course`.
         work: Likewise, with a batch of :data:`PROBE_BATCH` samples.
+        counter: Likewise.
 
     Raises:
-        NotProportional: If an allocation is of none of the three kinds, or may be a part of one.
+        NotProportional: If an allocation cannot be told by a :class:`Level`, or may be a part of one.
         RuntimeError: If torch cannot count the bytes of something so large.
     """
-    watch, mask = _ProbeWatch(), (1 << _DIGIT) - 1
-    with _watched(watch):
+    global _probe
+    with _watched(_ProbeWatch, counter) as watch:
+        assert isinstance(watch, _ProbeWatch)
         prepared = prepare()
         watch.start()
-        work(prepared)
-    return [(total & mask, total >> _DIGIT & mask, total >> 2 * _DIGIT) for total in watch.course]
+        before, _probe = _probe, watch
+        try:
+            work(prepared)
+        finally:
+            _probe = before
+    return watch.levels()
 
 
 def predict_peak(prepare: Callable[[], Prepared], work: Callable[[Prepared], object]) -> int:
@@ -217,20 +322,19 @@ def predict_levels(prepare: Callable[[], Prepared], work: Callable[[Prepared], I
 
     Arguments as for :func:`predict_course`.
     """
-    watch = _StorageWatch()
-    with _watched(watch):
+    with _watched(_StorageWatch) as watch:
         prepared = prepare()
         watch.start()
         return [watch.current_bytes for _ in work(prepared)]
 
 
 @contextmanager
-def _watched(watch: _StorageWatch) -> Iterator[None]:
+def _watched(kind: type[_StorageWatch], counter: Counter | None = None) -> Iterator[_StorageWatch]:
     collects = gc.isenabled()
     gc.disable()  # tensors go when nothing refers to them, not when a collection happens to run
     try:
-        with FakeTensorMode(allow_non_fake_inputs=False), watch:
-            yield
+        with StoragelessMode() as fakes, kind(fakes, counter) as watch:
+            yield watch
     finally:
         if collects:
             gc.enable()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import itertools
 import logging
@@ -17,9 +16,9 @@ from torch import Tensor, nn
 from dfed.client import ClientSettings, Skeleton, TrainingSettings, run_plan
 from dfed.client.features import Blank, units_of
 from dfed.client.forms import Forms
-from dfed.memory import CPU_OVERHEAD_BYTES, GREY_ZONE, PROBE_BATCH, predict_course, predict_lines
+from dfed.memory import CPU_OVERHEAD_BYTES, GREY_ZONE, PROBE_BATCH, Counter, predict_course, predict_lines
 from dfed.plan import Phase, Plan
-from dfed.planner.flops import OperatorCounter, attention_in_parts, flop_counter, flops_by_type, flops_of
+from dfed.planner.flops import OperatorCounter, attention_in_parts, flops_by_type
 from dfed.planner.line import PeakLine
 from dfed.planner.store import Store, describe, own_code
 from dfed.strategies import Strategy
@@ -28,6 +27,7 @@ __all__ = ["Costs", "margins", "what_counts", "with_batch"]
 
 _LOGGER = logging.getLogger(__name__)
 Level = TypeVar("Level")
+Predict = Callable[[Callable[[], Any], Callable[[Any], None], Counter | None], list[Level]]
 
 _STEPS = 2  # the second meets the optimiser's state, which the first one makes
 _FLOP_BATCH = 2  # batch norm in training wants more than one value a channel
@@ -194,8 +194,7 @@ class Costs:
     def _course(self, plan: Plan) -> list[int]:
         return self._each_course(plan, predict_course)
 
-    def _each_course(self, plan: Plan, predict: Callable[[Callable[[], Any], Callable[[Any], None]], list[Level]],
-                     counter: OperatorCounter | None = None) -> list[Level]:
+    def _each_course(self, plan: Plan, predict: Predict[Level], counter: OperatorCounter | None = None) -> list[Level]:
         """What ``predict`` finds, for each of the courses that the training may take; ``counter`` sees their operators."""
         levels: list[Level] = []
         num_draws = self.strategy.num_draws(plan)
@@ -203,11 +202,7 @@ class Costs:
             skeleton = Skeleton(self.strategy.build(plan))
             train = functools.partial(self._train, plan, skeleton, self._features(plan), draw=lambda n, number=number: number)
 
-            def work(values: dict[str, Tensor], train: Callable[[dict[str, Tensor]], None] = train) -> None:
-                with counter or contextlib.nullcontext():
-                    train(values)
-
-            levels += predict(lambda: self._payload(plan), work)
+            levels += predict(lambda: self._payload(plan), train, counter)
         return levels
 
     def _note_flops(self, plan: Plan, counter: OperatorCounter) -> None:
@@ -241,16 +236,27 @@ class Costs:
 
     def _flops_per_visit(self, plan: Plan) -> list[float]:
         """Floating-point and int8 operations of one phase; the mean over the courses among which its steps draw."""
-        counter, skeleton, num_draws = flop_counter(), Skeleton(self.strategy.build(plan)), self.strategy.num_draws(plan)
-        plan, features, turns = with_batch(plan, _FLOP_BATCH), self._features(plan), itertools.count()
+        if self._probes:
+            counter = OperatorCounter(PROBE_BATCH)
+            try:  # the operators of such a batch have been seen before
+                found = self._count_flops(with_batch(plan, PROBE_BATCH), counter, predict_lines)
+                if counter.proportional:
+                    return found
+            except Exception:  # as in _probe
+                _LOGGER.debug("no count for a batch of %d samples", PROBE_BATCH, exc_info=True)
+        return self._count_flops(with_batch(plan, _FLOP_BATCH), OperatorCounter(), predict_course)
+
+    def _count_flops(self, plan: Plan, counter: OperatorCounter, predict: Predict[Any]) -> list[float]:
+        skeleton, num_draws = Skeleton(self.strategy.build(plan)), self.strategy.num_draws(plan)
+        features, turns = self._features(plan), itertools.count()
 
         def work(values: dict[str, Tensor]) -> None:
-            with attention_in_parts(), counter:
+            with attention_in_parts():
                 for _ in range(num_draws):
                     self._train(plan, skeleton, features, values, steps=1, draw=lambda n: next(turns) % n)
 
-        predict_course(lambda: self._payload(plan), work)
-        return [count / (_FLOP_BATCH * num_draws) for count in flops_of(counter)]
+        predict(lambda: self._payload(plan), work, counter)
+        return [count / (plan.phases[0].batch_size * num_draws) for count in flops_by_type(counter.counts)]
 
 
 def margins(device: torch.device, by_prediction: bool) -> tuple[float, int]:

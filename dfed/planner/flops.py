@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
+
+from dfed.memory.storageless import MOST_KNOWN
 
 __all__ = ["OperatorCounter", "attention_in_parts", "flop_counter", "flops_by_type", "flops_of", "forward_flops"]
 
@@ -30,39 +31,42 @@ def flop_counter() -> FlopCounterMode:
     return FlopCounterMode(display=False, custom_mapping={torch.ops.aten.convolution_backward: _convolution_backward})
 
 
-class OperatorCounter(TorchDispatchMode):
-    """Counts operations as :func:`flop_counter` does, but not by module, so that it keeps hold of no tensor: memory can be
-    predicted meanwhile.
+_counted: dict[Hashable, int] = {}
+
+
+class OperatorCounter:
+    """Counts operations as :func:`flop_counter` does, but not by module, so that it keeps hold of no tensor: for
+    :func:`dfed.memory.predict_course`, as its ``counter``.
 
     Args:
-        batch: A prime, the size of the batch.
+        batch: The size of the batch if it is a prime.
 
     Attributes:
         counts: Operations of each operator.
-        proportional: Whether every count was a multiple of the batch size, and none of its square.
+        proportional: Whether every count was a multiple of ``batch``, and none of its square.
     """
 
-    def __init__(self, batch: int) -> None:
-        super().__init__()
+    def __init__(self, batch: int | None = None) -> None:
         self.counts: dict[Any, int] = {}
-        self.proportional = True
+        self.proportional = batch is not None
         self._batch = batch
         self._formulas = flop_counter().flop_registry
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
+    def count(self, func: Any, args: Any, kwargs: Any, out: Any, key: Hashable) -> None:
+        """Add one operator; see :class:`dfed.memory.Counter`."""
         operator = func.overloadpacket
-        if operator not in self._formulas and func is not torch.ops.prim.device.default:
-            with self:
-                out = func.decompose(*args, **kwargs)  # what consists of others counts as these
-            if out is not NotImplemented:
-                return out
-        out = func(*args, **kwargs)
-        if operator in self._formulas:
-            count = self._formulas[operator](*args, **kwargs, out_val=out)
-            self.counts[operator] = self.counts.get(operator, 0) + count
+        if operator not in self._formulas:
+            return
+        count = _counted.get(key) if key is not None else None
+        if count is None:
+            count = int(self._formulas[operator](*args, **kwargs, out_val=out))
+            if key is not None:
+                if len(_counted) >= MOST_KNOWN:
+                    _counted.clear()
+                _counted[key] = count
+        self.counts[operator] = self.counts.get(operator, 0) + count
+        if self._batch is not None:
             self.proportional &= count == 0 or (count % self._batch == 0 and count % self._batch**2 != 0)
-        return out
 
 
 def forward_flops(model: nn.Module, input_shape: tuple[int, ...]) -> int:

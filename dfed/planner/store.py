@@ -20,6 +20,7 @@ from torch import nn
 
 import dfed
 from dfed.data import cache_folder
+from dfed.memory import warm_up
 from dfed.models import Chain
 from dfed.models.chain import shapes_looked_up
 from dfed.planner.children import in_children
@@ -124,6 +125,8 @@ def shapes_kept(store: Store) -> Iterator[None]:
 def _worked_out(work_out: Callable[[], Any], here: bool) -> Any:
     """What ``work_out`` returns, as a file would give it back."""
     away = _apart.get() and not here
+    if away:
+        warm_up()
     [text] = in_children(lambda work: json.dumps(work()), [work_out], even_alone=True) if away else [None]
     return json.loads(json.dumps(work_out()) if text is None else text)
 

@@ -15,9 +15,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dfed.client import Skeleton
+from dfed.memory.storageless import StoragelessMode
 from dfed.models import Chain
 from dfed.models.recompute import recomputed
 from dfed.planner.unit_watch import Before, Behind, Value, Watch
@@ -94,7 +94,7 @@ class Recorder:
 
     def __init__(self, *, recompute: bool, half: bool, loss: Loss):
         self._recompute, self._half, self._loss = recompute, half, loss
-        self._fake = FakeTensorMode(allow_non_fake_inputs=False)
+        self._fake = StoragelessMode()
 
     @contextmanager
     def _session(self) -> Iterator[None]:
@@ -131,21 +131,21 @@ class Recorder:
             NoSum: If what it holds does not add up.
         """
         with self._session():
-            return _Turn(unit, trained, value, self._half).unit(gradient, self._recompute and in_chain)
+            return _Turn(unit, trained, value, self._half, self._fake).unit(gradient, self._recompute and in_chain)
 
     def last(self, unit: nn.Module, trained: Sequence[str], value: Value) -> LossCourse:
         """One turn of the last unit and the loss; arguments and errors as for :meth:`unit`."""
         with self._session():
-            return _Turn(unit, trained, value, self._half).last(self._loss)
+            return _Turn(unit, trained, value, self._half, self._fake).last(self._loss)
 
 
 class _Turn:
     """One recording."""
 
-    def __init__(self, unit: nn.Module, trained: Sequence[str], value: Value, half: bool):
+    def __init__(self, unit: nn.Module, trained: Sequence[str], value: Value, half: bool, fakes: StoragelessMode):
         self._unit, self._value, self._half = unit, value, half
         self._seed, self._targets = torch.ones(()), torch.zeros(value.shape[0], dtype=torch.int64)
-        self._watch = Watch([*unit.parameters(), *unit.buffers(), self._seed, self._targets])
+        self._watch = Watch([*unit.parameters(), *unit.buffers(), self._seed, self._targets], fakes)
         self._passed_on: int | None = None
         self._input_gradient: Value | None = None
         self._trains = bool(trained)

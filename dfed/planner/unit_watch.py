@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from dfed.memory.predict import library_bytes
+from dfed.memory.storageless import ASKS_DEVICE, OperatorMode, StoragelessMode, run
 
 __all__ = ["Before", "Behind", "Value", "Watch"]
 
@@ -47,15 +47,17 @@ class Value:
         return torch.empty_strided(self.shape, self.stride, dtype=self.dtype)
 
 
-class Watch(TorchDispatchMode):
+class Watch(OperatorMode):
     """The bytes in storages that came to life since :meth:`start`, but for those that are told apart by name.
 
     Args:
         given: Tensors that are there before and stay.
+        fakes: The mode whose tensors it watches.
     """
 
-    def __init__(self, given: Iterable[Tensor]):
+    def __init__(self, given: Iterable[Tensor], fakes: StoragelessMode):
         super().__init__()
+        self._fakes = fakes
         self._alive: dict[int, int] = {}
         self._named: dict[int, str] = {}
         self._given = {tensor.untyped_storage()._cdata for tensor in given}
@@ -86,7 +88,9 @@ class Watch(TorchDispatchMode):
         return self._named.get(tensor.untyped_storage()._cdata) == name
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
+        if func is ASKS_DEVICE:
+            return args[0].device
+        out, _ = run(func, args, kwargs or {}, self._fakes)
         for leaf in tree_leaves(out):
             if isinstance(leaf, Tensor):
                 self._add(leaf.untyped_storage())

@@ -7,7 +7,7 @@ from torch import nn
 
 from dfed.blocks import Splitting
 from dfed.client import ClientSettings, Forms
-from dfed.memory import PROBE_BATCH, NotProportional, measure, predict_course, predict_lines, predict_peak
+from dfed.memory import PROBE_BATCH, NotProportional, at_most, measure, predict_course, predict_lines, predict_peak
 from dfed.models import build_chain
 from dfed.plan import Plan
 from dfed.planner import Costs
@@ -115,7 +115,7 @@ def test_the_gradient_of_weights_on_small_maps_takes_more(size, kernel, dilation
     assert held + beside * weights <= peak <= held + beside * weights + 2 * 64 * map_bytes + 64
     many = (PROBE_BATCH, 32, size, size)
     lines = predict_lines(lambda: prepare()[1], lambda w: work((torch.empty(many, requires_grad=True), w)))
-    fixed = max(constant for constant, _, _ in lines)
+    fixed = max(level.fixed for level in lines)
     assert fixed >= (1 + beside) * weights * trained
     assert fixed <= (1 + beside) * weights * trained + 64
 
@@ -225,12 +225,33 @@ def course_at(work, batch):
     return predict_course(nothing, lambda _: work(batch))
 
 
-@pytest.mark.parametrize("work", [with_weights, pairs, all_sizes_of_types])
+def with_a_buffer(batch):
+    x = features(batch)
+    buffer = at_most(x.numel(), 500, torch.empty)  # up to 71 samples
+    codes = torch.empty(x.shape, dtype=torch.int8)
+    del buffer
+    return at_most(2 * batch, 500, torch.empty), x * 2, codes
+
+
+@pytest.mark.parametrize("work", [with_weights, pairs, all_sizes_of_types, with_a_buffer])
 def test_one_prediction_tells_every_batch_size(work):
     lines = predict_lines(nothing, lambda _: work(PROBE_BATCH))
     for batch in (1, 2, 3, 64, 1000):
-        assert [base + rate * batch + pair * batch**2 for base, rate, pair in lines] == course_at(work, batch)
-    assert any(rate for _, rate, _ in lines)
+        assert [level.at(batch) for level in lines] == course_at(work, batch)
+    assert any(level.per_sample for level in lines)
+
+
+def two_buffers(batch):
+    return [at_most(size * batch, 500, torch.empty) for size in (7, 5)]
+
+
+def buffers_of_two_sizes(batch):
+    at_most(batch, 500, torch.empty)
+    return at_most(batch, 600, torch.empty)
+
+
+def a_buffer_for_two_samples_more(batch):
+    return at_most(batch + 2, 500, torch.empty)
 
 
 def in_pieces(batch):
@@ -258,9 +279,18 @@ def asks_all_the_time(batch):
     return [torch.ones_like(torch.empty(3)) for _ in range(3000)]
 
 
-@pytest.mark.parametrize("work", [in_pieces, one_by_one, in_eight_parts, with_two_more, all_pairs_once, asks_all_the_time])
+@pytest.mark.parametrize("work", [
+    two_buffers, buffers_of_two_sizes, a_buffer_for_two_samples_more, in_pieces, one_by_one, in_eight_parts, with_two_more,
+    all_pairs_once, asks_all_the_time,
+])
 def test_what_is_neither_constant_nor_proportional_is_refused_at_once(work, monkeypatch):
     """In time, and in memory: a batch of millions is not gone through sample by sample."""
     monkeypatch.setattr("dfed.memory.predict._MOST_OPERATORS", 2000)
     with pytest.raises(NotProportional):
         predict_lines(nothing, lambda _: work(PROBE_BATCH))
+
+
+def test_a_buffer_has_the_smaller_of_two_sizes():
+    assert [at_most(size, 5, torch.empty).numel() for size in (0, 4, 5, 6, 10**9)] == [0, 4, 5, 5, 5]
+    # One that does not depend on the batch, in a prediction for all of them.
+    assert [level.at(3) for level in predict_lines(nothing, lambda _: at_most(4, 5, torch.empty))] == [16]

@@ -9,6 +9,7 @@ import math
 import numpy as np
 import pytest
 
+from dfed.memory import Level
 from dfed.planner.line import PeakLine
 from dfed.rng import numpy_generator
 
@@ -136,6 +137,32 @@ def test_the_largest_of_random_parabolas():
             if math.isfinite(largest):
                 assert peak(math.floor(largest * (1 - 1e-9))) <= peak(size) < peak(math.ceil(largest * (1 + 1e-9)) + 1)
         assert line.largest_batch(min(bases) - 1.0) < 0 or max(bases) > min(bases)
+
+
+def test_the_largest_of_random_capped_lines():
+    kept = dropped = 0
+    for case in range(100):
+        bases, rates = random_lines(case)
+        draw = numpy_generator(0, "capped", case)
+        pairs = draw.integers(0, 2, len(bases)) * (draw.random() < 0.3)
+        parts = draw.integers(0, 10 ** int(draw.integers(1, 6)), len(bases)) * draw.integers(0, 2, len(bases))
+        most = int(draw.integers(1, 10 ** int(draw.integers(1, 8))))
+        levels = [Level(*map(int, (base, rate, pair, part)), most if part else 0)
+                  for base, rate, pair, part in zip(bases, rates, pairs, parts, strict=True)]
+        line = PeakLine.over(levels)
+        assert PeakLine.from_json(json.loads(json.dumps(line.to_json()))) == line
+        kept, dropped = kept + len(line.capped), dropped + sum(level.capped > 0 for level in levels) - len(line.capped)
+        for size in SIZES:
+            peak = max(level.at(size) for level in levels)
+            assert line.at(size) == peak, (case, size)
+            largest = line.largest_batch(peak)
+            assert largest >= size * (1 - 1e-9)
+            if math.isfinite(largest):
+                after = math.ceil(largest * (1 + 1e-9)) + 1
+                assert max(level.at(math.floor(largest * (1 - 1e-9))) for level in levels) <= peak
+                assert max(level.at(after) for level in levels) > peak
+    assert kept > 50
+    assert dropped > 50
 
 
 def test_nothing_makes_no_line():

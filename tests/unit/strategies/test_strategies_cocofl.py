@@ -12,6 +12,7 @@ from dfed import rng
 from dfed.comm.codecs import codec_of
 from dfed.fleet import DeviceProfile
 from dfed.planner import ClientPlanner, Limits
+from dfed.planner.costs import with_batch
 from dfed.strategies import Candidate
 from dfed.strategies.cocofl import maximal_ranges
 
@@ -139,6 +140,8 @@ def test_around_a_range_units_compute_as_int8(model, options, shape):
         # Each layer is off by 1 to 2 %, ReLUs whose sign flips add theirs: some 10 % a unit passed, by measurement.
         assert float(apart.norm() / moved.norm()) < 0.4
         assert int8.costs.peak_bytes(plan) < fp32.costs.peak_bytes(plan)
+        for size in (2, 60, 70, 300):  # a buffer of the kernels is as large as it gets from 64 images of the CNN on
+            assert int8.costs.peak_bytes(with_batch(plan, size)) == int8.costs.peak_bytes_at(with_batch(plan, size))
         ours_down, theirs_down = (sum(each.forms.of(each.strategy.plans[first, last]).down_bytes(0, 0).values())
                                   for each in (int8, fp32))
         assert ours_down < theirs_down
