@@ -1,7 +1,5 @@
 """Operators on tensors without storage against real ones, and against torch's own mode for such tensors."""
 
-import subprocess
-import sys
 from contextlib import contextmanager
 
 import pytest
@@ -228,36 +226,6 @@ def test_calls_are_forgotten_when_they_are_too_many(monkeypatch):
     for size in range(1, 30):
         assert predict_course(lambda: None, lambda _, size=size: torch.empty(size) * 2) == [4 * size, 8 * size]
         assert len(storageless._known) <= 5
-
-
-COMPILER = """
-import sys, torch
-from dfed.planner.compiler import load_compiler_late
-load_compiler_late()
-from torch import nn
-model = nn.Linear(3, 2)
-optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-model(torch.ones(4, 3)).sum().backward()
-optimizer.step()
-optimizer.zero_grad()
-told = type(optimizer).zero_grad.__wrapped__
-assert "torch._dynamo.eval_frame" not in sys.modules and vars(told)["__dynamo_disable"] is told
-import torch._dynamo.config
-assert "torch._dynamo.eval_frame" not in sys.modules
-assert torch.compile(lambda x: x.sin() + 1, backend="eager")(torch.zeros(3)).tolist() == [1, 1, 1]
-assert "torch._dynamo.eval_frame" in sys.modules and "__dynamo_disable" not in vars(told)
-assert type(sys.modules["torch._dynamo"]) is type(sys) and torch._dynamo.config is sys.modules["torch._dynamo.config"]
-optimizer.zero_grad()
-assert vars(told)["__dynamo_disable"] is not told
-load_compiler_late()
-assert torch._dynamo.disable(lambda: 3)() == 3
-print("right")
-"""
-
-
-def test_the_compiler_is_loaded_when_it_is_used_and_then_told():
-    done = subprocess.run([sys.executable, "-c", COMPILER], capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stdout) == (0, "right\n"), done.stderr
 
 
 def test_layers_with_state_as_with_real_tensors():
