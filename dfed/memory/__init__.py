@@ -1,18 +1,8 @@
 """Memory: hard caps, measured peaks, predicted peaks."""
 
 from dfed.memory.caps import GREY_ZONE, MemoryMeter, MemorySettings, check_cap, is_out_of_memory, make_cap
-from dfed.memory.predict import (
-    CPU_OVERHEAD_BYTES,
-    PROBE_BATCH,
-    Counter,
-    Level,
-    NotProportional,
-    at_most,
-    predict_course,
-    predict_levels,
-    predict_lines,
-    predict_peak,
-)
+from dfed.memory.predict import CPU_OVERHEAD_BYTES, Counter, predict_course, predict_levels, predict_peak
+from dfed.memory.probe import PROBE_BATCH, Level, NotProportional, at_most, predict_lines
 from dfed.memory.storageless import warm_up
 
 __all__ = [

@@ -285,7 +285,7 @@ def asks_all_the_time(batch):
 ])
 def test_what_is_neither_constant_nor_proportional_is_refused_at_once(work, monkeypatch):
     """In time, and in memory: a batch of millions is not gone through sample by sample."""
-    monkeypatch.setattr("dfed.memory.predict._MOST_OPERATORS", 2000)
+    monkeypatch.setattr("dfed.memory.probe._MOST_OPERATORS", 2000)
     with pytest.raises(NotProportional):
         predict_lines(nothing, lambda _: work(PROBE_BATCH))
 
