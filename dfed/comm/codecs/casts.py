@@ -23,11 +23,13 @@ class _Cast(Codec):
 
     def encode_into(self, value: Tensor, out: Tensor, key: int = 0) -> None:
         self._check(out, value.shape)
-        out.view(self.dtype).view(value.shape).copy_(value)
+        entries = out.view(self.dtype)
+        (entries if value.ndim == 1 else entries.view(value.shape)).copy_(value)  # a view takes as long as a short copy
 
     def decode(self, data: Tensor, shape: Sequence[int], key: int = 0) -> Tensor:
         self._check(data, shape)
-        return data.view(self.dtype).view(tuple(shape)).to(torch.float32)
+        entries = data.view(self.dtype).float()
+        return entries if len(shape) == 1 else entries.view(tuple(shape))
 
     def max_error(self, value: Tensor) -> float:
         if self.dtype == torch.float32 or value.numel() == 0:
