@@ -10,11 +10,18 @@ if [ $# -gt 0 ]; then
     exec python -m pytest "$@"
 fi
 log=$(mktemp)
-python -m pytest tests/dist tests/launch >"$log" 2>&1 &
+set -m # each half in a process group of its own: a signal that ends this script ends both, with all that they have started
+python -m pytest tests/dist tests/launch >"$log" 2>&1 </dev/null &
 dist=$!
-trap 'kill "$dist" 2>/dev/null || true; cat "$log"; rm -f "$log"' EXIT
+python -m pytest --ignore=tests/dist --ignore=tests/launch </dev/null &
+unit=$!
+set +m
+trap 'kill -- -"$dist" -"$unit" 2>/dev/null || true; cat "$log"; rm -f "$log"' EXIT
+trap 'exit 130' INT
+trap 'exit 143' TERM
+trap 'exit 129' HUP
 status=0
-python -m pytest --ignore=tests/dist --ignore=tests/launch || status=$?
+wait "$unit" || status=$?
 echo "waiting for tests/dist and tests/launch"
 wait "$dist" || status=$?
 exit "$status"
