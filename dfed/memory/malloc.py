@@ -3,8 +3,8 @@
 glibc serves large requests from holes in its heap when it has them. Such memory belongs to the data segment already, so
 ``RLIMIT_DATA`` does not see it being used again, and a cap would leak by the size of the holes. ``tight()`` therefore
 makes every block of 16 KiB or more a mapping of its own, returned to the kernel when it is freed, and keeps one arena.
-Holes that are there already, or that many small blocks leave when they are freed, are filled for as long as a cap lasts:
-``fill_holes()``.
+Holes that are there already, or that many small blocks leave when they are freed, are filled for as long as a cap lasts, and
+so is the room that a heap keeps when it shrinks: ``fill_holes()``.
 ``roomy()`` is the opposite, for ranks that cap nobody: freed memory stays in the heap, which saves the page faults.
 """
 
@@ -15,15 +15,17 @@ import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from dfed.memory import measure
+
 __all__ = ["MMAP_THRESHOLD_BYTES", "SmallReserve", "fill_holes", "is_glibc", "roomy", "tight", "trim"]
 
 MMAP_THRESHOLD_BYTES = 16 * 1024
 _ROOMY_BYTES = 1 << 30
-_LARGEST_FILLING_BYTES = 1 << 25
+_LARGEST_FILLING_BYTES = 1 << 25  # the largest threshold that every version takes
+_MOST_FILLINGS = 1 << 15
 _RESERVED_BLOCKS = 40
 _RESERVED_BLOCK_BYTES = 24 * 1024  # oneDNN's largest descriptors of convolutions take 20 KB
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8
-_IS_MAPPING = 2  # bit of the size that glibc keeps in the word before each block
 
 
 def is_glibc() -> bool:
@@ -98,20 +100,33 @@ class SmallReserve:
 
 @contextmanager
 def fill_holes() -> Iterator[None]:
-    """Keep the heap's holes of 16 KiB or more occupied while the body runs; their pages are not touched.
+    """Keep all that the heap could still give in blocks of 16 KiB or more occupied while the body runs (Linux).
+
+    Taken is what ``malloc`` gives while the process may not grow: holes, of the main thread's heap, too, and room at the end of
+    this thread's, which glibc keeps writable when a heap shrinks. No page of it is touched.
 
     To be called after :func:`tight`, in the thread whose memory is to be counted.
     """
-    libc, fillings, size = _allocating(), [], _LARGEST_FILLING_BYTES
-    while size >= MMAP_THRESHOLD_BYTES:
-        block = libc.malloc(size)
-        if block and not ctypes.c_size_t.from_address(block - ctypes.sizeof(ctypes.c_size_t)).value & _IS_MAPPING:
-            fillings.append(block)
-            continue
-        libc.free(block)  # no hole of this size is left: it is a mapping, or nothing
-        size //= 2
+    import resource  # not on every platform
+
+    libc, fillings, taken, size = _allocating(), (ctypes.c_void_p * _MOST_FILLINGS)(), 0, _LARGEST_FILLING_BYTES
+    soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    now = measure.data_segment_bytes()
     try:
+        libc.mallopt(_M_MMAP_THRESHOLD, _LARGEST_FILLING_BYTES)  # from the heap
+        resource.setrlimit(resource.RLIMIT_DATA, (now if soft == resource.RLIM_INFINITY else min(now, soft), hard))
+        try:
+            while size >= MMAP_THRESHOLD_BYTES and taken < _MOST_FILLINGS:
+                block = libc.malloc(size)
+                if block:
+                    fillings[taken] = block
+                    taken += 1
+                else:
+                    size //= 2
+        finally:
+            resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
+            libc.mallopt(_M_MMAP_THRESHOLD, MMAP_THRESHOLD_BYTES)
         yield
     finally:
-        for block in fillings:
-            libc.free(block)
+        for index in range(taken):
+            libc.free(fillings[index])

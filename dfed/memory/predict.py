@@ -14,9 +14,10 @@ from contextlib import contextmanager
 from typing import Any, Protocol, TypeVar
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from dfed.memory.storageless import ASKS_DEVICE, OperatorMode, StoragelessMode, run
+from dfed.memory.storageless import ASKS_DEVICE, StoragelessMode, run
 
 __all__ = [
     "CPU_OVERHEAD_BYTES", "Counter", "Prepared", "StorageWatch", "library_bytes", "predict_course", "predict_levels",
@@ -62,7 +63,7 @@ def library_bytes(func: Any, args: Any) -> int:
     return int(_OF_WEIGHTS * weight.numel() * weight.element_size()) if is_smaller else 0
 
 
-class StorageWatch(OperatorMode):
+class StorageWatch(TorchDispatchMode):
     """Adds up the bytes of all storages that came to life since :meth:`start`; writes the sum down as each comes.
 
     Args:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from fractions import Fraction
 from typing import Any, NamedTuple
 
@@ -67,6 +68,7 @@ class _ProbeWatch(StorageWatch):
         super().__init__(fakes, counter)
         self._num_operators = 0
         self._share: Fraction | None = None
+        self._capped: set[int] = set()  # handles of storages
         self.most = 0
 
     @contextmanager
@@ -97,10 +99,21 @@ class _ProbeWatch(StorageWatch):
             raise NotProportional(f"{func} may go through the samples one by one")
         return super().__torch_dispatch__(func, types, args, kwargs)
 
+    def _add(self, tensor: torch.Tensor, storage: torch.UntypedStorage) -> None:
+        if storage._cdata not in self._capped:
+            super()._add(tensor, storage)
+        elif storage.nbytes() != self.most:
+            raise NotProportional(f"{self.most} bytes at most became {storage.nbytes()}")
+
+    def _drop(self, handle: int) -> None:
+        self._capped.discard(handle)
+        super()._drop(handle)
+
     def _size(self, tensor: torch.Tensor, storage: torch.UntypedStorage) -> int:
         size, power = storage.nbytes(), 0
         if self._share is not None:
-            return self._capped(size, self._share)
+            self._capped.add(storage._cdata)
+            return self._per_sample(size, self._share)
         while size and size % PROBE_BATCH == 0:
             size, power = size // PROBE_BATCH, power + 1
         least = PROBE_BATCH // _LEAST_SHARE
@@ -109,11 +122,10 @@ class _ProbeWatch(StorageWatch):
             raise NotProportional(f"{storage.nbytes()} bytes of shape {tuple(tensor.shape)} for {PROBE_BATCH} samples")
         return size << _DIGIT * power
 
-
-    def _capped(self, size: int, share: Fraction) -> int:
+    def _per_sample(self, size: int, share: Fraction) -> int:
         per_sample = size * share / PROBE_BATCH
         alone = not self.current_bytes >> 3 * _DIGIT and self.most in (0, size)
-        if per_sample.denominator > 1 or not alone:
+        if per_sample.denominator > 1 or per_sample.numerator % PROBE_BATCH == 0 or not alone:
             raise NotProportional(f"{size} bytes at most, of {float(size * share):g} for {PROBE_BATCH} samples")
         self.most = size
         return per_sample.numerator << 3 * _DIGIT
@@ -130,15 +142,16 @@ def _largest_extent(args: Iterable[Any]) -> int:
     return max((extent for leaf in tree_leaves(args) if isinstance(leaf, torch.Tensor) for extent in leaf.shape), default=0)
 
 
-_probe: _ProbeWatch | None = None
+_probe: ContextVar[_ProbeWatch | None] = ContextVar("_probe", default=None)
 
 
 def at_most(size: int, most: int, make: Callable[[int], Tensor]) -> Tensor:
     """``make`` of the smaller of two sizes, where one depends on the batch and the other does not: :func:`predict_lines` then
     knows what it comes to for other batches. No second one may be made as long as the first is there."""
-    if _probe is None or size <= most:
+    probe = _probe.get()
+    if probe is None or size <= most:
         return make(min(size, most))
-    with _probe.capping(Fraction(size, most)):
+    with probe.capping(Fraction(size, most)):
         return make(most)
 
 
@@ -159,13 +172,12 @@ def predict_lines(prepare: Callable[[], Prepared], work: Callable[[Prepared], ob
         NotProportional: If an allocation cannot be told by a :class:`Level`, or may be a part of one.
         RuntimeError: If torch cannot count the bytes of something so large.
     """
-    global _probe
     with watched(_ProbeWatch, counter) as watch:
         prepared = prepare()
         watch.start()
-        before, _probe = _probe, watch
+        token = _probe.set(watch)
         try:
             work(prepared)
         finally:
-            _probe = before
+            _probe.reset(token)
     return watch.levels()

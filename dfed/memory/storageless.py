@@ -15,10 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
-__all__ = ["ASKS_DEVICE", "MOST_KNOWN", "OperatorMode", "StoragelessMode", "run", "warm_up"]
+__all__ = ["ASKS_DEVICE", "MOST_KNOWN", "StoragelessMode", "run", "warm_up"]
 
 _LOGGER = logging.getLogger(__name__)
 _META = torch.device("meta")
@@ -44,14 +43,6 @@ _UNLIKE = {torch.Tag.inplace_view, torch.Tag.data_dependent_output, torch.Tag.dy
 _NOT_BY_SHAPE = ("lift", "resize", "set_", "mkldnn", "as_strided")  # parts of operators' names
 
 
-class OperatorMode(TorchDispatchMode):
-    """A mode that sees every operator. The compiler is not told to keep out of it: to tell it would take importing it."""
-
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        return False
-
-
 class StoragelessMode(FakeTensorMode):
     """Under it tensors have no storage. Modes on top of it run their operators by :func:`run`."""
 
@@ -70,10 +61,6 @@ class StoragelessMode(FakeTensorMode):
         torch._C._set_throw_on_mutable_data_ptr(made)
         made.__dict__.update(self._attributes[device])
         return made
-
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        return False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return self.dispatch(func, types, args, kwargs or {})
@@ -195,8 +182,11 @@ def _by_shape(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], given: 
 
 
 def _fits(into: Any, value: Any) -> bool:
-    """Whether one tensor without storage can be copied into the other."""
-    return type(into) is type(value) is FakeTensor and torch.broadcast_shapes(into.shape, value.shape) == into.shape
+    """Whether one tensor without storage can be copied into the other, and that is all there is to it: torch's mode knows the
+    value of some."""
+    if not type(into) is type(value) is FakeTensor or into.constant is not None or value.constant is not None:
+        return False
+    return torch.broadcast_shapes(into.shape, value.shape) == into.shape
 
 
 def _key(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], given: list[Tensor]) -> Hashable:
@@ -230,7 +220,7 @@ def _describe(values: Iterable[Any], key: list[Any], given: list[Tensor]) -> Non
     for value in values:
         kind = type(value)
         if kind is FakeTensor:
-            if value.constant is not None or value.layout is not torch.strided or value.dtype.is_complex:
+            if value.constant is not None or _is_unusual(value):
                 raise _Unlike
             given.append(value)
             key += (value.shape, value.stride(), value.storage_offset(), value.dtype, value.device)
@@ -243,6 +233,11 @@ def _describe(values: Iterable[Any], key: list[Any], given: list[Tensor]) -> Non
             key.append(kind)
         else:
             raise _Unlike
+
+
+def _is_unusual(tensor: Tensor) -> bool:
+    """Whether more belongs to a tensor than its layout tells."""
+    return tensor.layout is not torch.strided or tensor.dtype.is_complex or tensor.is_neg() or tensor._is_zerotensor()
 
 
 def _parts(out: Any, given: Sequence[Tensor], device: torch.device | None = None) -> _Parts:
@@ -264,7 +259,7 @@ def _part(one: Any, given: Sequence[Tensor], storages: Sequence[int], fresh: set
         if one is tensor:
             return _Part(number, is_same=True)
     is_known = isinstance(one, Tensor) and (type(one) is FakeTensor or device is not None)
-    if not is_known or one.requires_grad or one.layout is not torch.strided or one.dtype.is_complex:
+    if not is_known or one.requires_grad or _is_unusual(one):
         raise _Unlike
     if getattr(one, "constant", None) is not None:
         raise _Unlike

@@ -10,10 +10,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from dfed.memory.predict import library_bytes
-from dfed.memory.storageless import ASKS_DEVICE, OperatorMode, StoragelessMode, run
+from dfed.memory.storageless import ASKS_DEVICE, StoragelessMode, run
 
 __all__ = ["Before", "Behind", "Value", "Watch"]
 
@@ -47,7 +48,7 @@ class Value:
         return torch.empty_strided(self.shape, self.stride, dtype=self.dtype)
 
 
-class Watch(OperatorMode):
+class Watch(TorchDispatchMode):
     """The bytes in storages that came to life since :meth:`start`, but for those that are told apart by name.
 
     Args:

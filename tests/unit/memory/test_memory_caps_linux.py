@@ -296,3 +296,37 @@ print("large refused" if not large else "leak")
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split("\n")[0] == "large refused"
+
+
+SHRUNK = """
+import ctypes, json, threading, torch
+from dfed.memory import MemorySettings, is_out_of_memory, make_cap
+MIB = 2**20
+found, libc = [], ctypes.CDLL(None)
+libc.malloc.restype, libc.malloc.argtypes, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_size_t], [ctypes.c_void_p]
+
+def work():
+    torch.ones(7 * MIB)  # glibc takes blocks of up to this from heaps now, for as long as it is not told otherwise
+    blocks = [libc.malloc(4 * MIB) for _ in range(15)]
+    for block in reversed(blocks):
+        libc.free(block)
+    cap = make_cap(MemorySettings(), torch.device("cpu"), has_budgets=True)
+    for _ in range(3):
+        with cap.guard(8 * MIB):
+            try:
+                torch.ones(5 * MIB)
+                found.append("given")
+            except RuntimeError as error:
+                found.append("refused" if is_out_of_memory(error) else repr(error))
+            torch.ones(MIB)
+
+thread = threading.Thread(target=work)
+thread.start()
+thread.join()
+print(json.dumps(found))
+"""
+
+
+def test_a_heap_that_shrank_is_no_room():
+    """A thread's heap keeps writable what it once had; the kernel does not see that used again."""
+    assert run_python("-c", SHRUNK) == ["refused"] * 3

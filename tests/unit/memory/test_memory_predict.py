@@ -229,7 +229,10 @@ def with_a_buffer(batch):
     x = features(batch)
     buffer = at_most(x.numel(), 500, torch.empty)  # up to 71 samples
     codes = torch.empty(x.shape, dtype=torch.int8)
+    first = buffer.add_(1)[:1]
     del buffer
+    noise = torch.empty(3)
+    del first, noise
     return at_most(2 * batch, 500, torch.empty), x * 2, codes
 
 
@@ -252,6 +255,14 @@ def buffers_of_two_sizes(batch):
 
 def a_buffer_for_two_samples_more(batch):
     return at_most(batch + 2, 500, torch.empty)
+
+
+def a_buffer_for_pairs(batch):
+    return at_most(batch * batch, 500, torch.empty)
+
+
+def a_buffer_that_grows(batch):
+    return at_most(batch, 500, torch.empty).resize_(1000)
 
 
 def in_pieces(batch):
@@ -280,8 +291,8 @@ def asks_all_the_time(batch):
 
 
 @pytest.mark.parametrize("work", [
-    two_buffers, buffers_of_two_sizes, a_buffer_for_two_samples_more, in_pieces, one_by_one, in_eight_parts, with_two_more,
-    all_pairs_once, asks_all_the_time,
+    two_buffers, buffers_of_two_sizes, a_buffer_for_two_samples_more, a_buffer_for_pairs, a_buffer_that_grows, in_pieces,
+    one_by_one, in_eight_parts, with_two_more, all_pairs_once, asks_all_the_time,
 ])
 def test_what_is_neither_constant_nor_proportional_is_refused_at_once(work, monkeypatch):
     """In time, and in memory: a batch of millions is not gone through sample by sample."""

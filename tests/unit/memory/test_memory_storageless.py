@@ -6,13 +6,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch._dynamo import convert_frame
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from dfed.blocks import Splitting
 from dfed.client import ClientSettings, Forms
 from dfed.memory import predict, predict_course, storageless
-from dfed.memory.storageless import OperatorMode, StoragelessMode, run
+from dfed.memory.storageless import StoragelessMode, run
 from dfed.models import build_chain
 from dfed.plan import Plan
 from dfed.planner import Costs, Store
@@ -20,7 +22,7 @@ from dfed.strategies import Problem
 from dfed.strategies.fedavg import FedAvg
 
 
-class Every(OperatorMode):
+class Every(TorchDispatchMode):
     """Runs all operators by :func:`run`."""
 
     def __init__(self, fakes):
@@ -166,6 +168,59 @@ def test_numbers_that_are_known_stay_known():
         assert (torch.tensor(3.0) * torch.tensor(2.0)).item() == 6.0
         with pytest.raises(DataDependentOutputException):
             torch.empty(1).item()
+        # A copy of one that is known is known, and one that was written over by another is not.
+        number = torch.tensor(0.0)
+        number.copy_(torch.tensor(3.0))
+        assert number.item() == 3.0
+        pair = torch.tensor([1.0, 2.0])
+        pair[0].copy_(torch.rand(()))
+        for overwritten in (number.copy_(torch.rand(())), pair[0]):
+            with pytest.raises(DataDependentOutputException):
+                overwritten.item()
+
+
+def of_torchs_own_mode(monkeypatch, work):
+    with monkeypatch.context() as patch:
+        patch.setattr(predict, "run", lambda func, args, kwargs, fakes: (func(*args, **kwargs), None))
+        return predict_course(lambda: None, work)
+
+
+def zeros_without_storage(_):
+    """As forward-mode differentiation makes them."""
+    x = torch._efficientzerotensor((3,))
+    return x * torch.ones(3), torch.zeros(3) * torch.ones(3), x.clone()
+
+
+def negatives(_):
+    x = torch._neg_view(torch.ones(3))
+    return x * 2, x.clone(), torch.ones(3) * 2
+
+
+@pytest.mark.parametrize("work", [zeros_without_storage, negatives])
+def test_tensors_that_are_more_than_their_layout(work, monkeypatch):
+    expected = of_torchs_own_mode(monkeypatch, work)
+    assert [predict_course(lambda: None, work) for _ in range(3)] == [expected] * 3
+
+
+def test_a_model_that_is_compiled(monkeypatch, capfd):
+    """The compiler keeps out of the modes: it would compile them, and begin anew with each new operator."""
+    def work(_):
+        model = torch.compile(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)), backend="eager")
+        model(torch.ones(5, 4)).sum().backward()
+
+    expected = of_torchs_own_mode(monkeypatch, work)
+    converted = []
+    convert = convert_frame.ConvertFrameAssert.__call__
+
+    def seen(self, frame, *rest, **named):
+        converted.append(str(frame))
+        return convert(self, frame, *rest, **named)
+
+    monkeypatch.setattr(convert_frame.ConvertFrameAssert, "__call__", seen)
+    for _ in range(3):
+        assert predict_course(lambda: None, work) == expected
+    assert not [frame for frame in converted if "dfed" in frame and __name__ not in frame]
+    assert "recompile" not in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("wrong", [
