@@ -75,12 +75,14 @@ OF_ONE = [
     lambda x: x.new_zeros(3, 2), lambda x: x.max(1), lambda x: x.topk(2, 1),
     lambda x: x.permute(*range(1, x.ndim), 0).contiguous(), lambda x: x.unsqueeze(0).squeeze(0), lambda x: (x, x.detach()),
     lambda x: x.lerp_(torch.ones_like(x), 0.5), lambda x: x.zero_(), lambda x: F.dropout(x, 0.5), lambda x: x.sort(1),
+    lambda x: torch.ops.aten.add.Scalar(x, 2.0), lambda x: torch.ops.aten.sub.Scalar(x, 1, 2),
     lambda x: torch.empty(3, 4), lambda x: torch.zeros(2, dtype=torch.int64), lambda x: torch.full((2, 3), 7),
 ]
 OF_TWO = [
     lambda x, y: x + y, lambda x, y: x - y, lambda x, y: x * y, lambda x, y: x / y, lambda x, y: y + x,
     lambda x, y: x.to(torch.float64).add_(y), lambda x, y: torch.where(x > 0, x, y), lambda x, y: x.sub(y, alpha=2),
     lambda x, y: x.copy_(y), lambda x, y: torch.addcmul(x.double(), x.double(), y.double(), value=0.5),
+    lambda x, y: x.sub_(y), lambda x, y: x.div_(y), lambda x, y: x.double().addcmul_(x.double(), y.double()),
 ]
 WORK = {
     **{name: OF_ONE for name in ONE}, **{name: OF_TWO for name in BOTH},
