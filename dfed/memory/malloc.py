@@ -37,8 +37,8 @@ def _libc() -> ctypes.CDLL:
     return ctypes.CDLL(None)
 
 
-def _allocating() -> ctypes.CDLL:
-    libc = _libc()
+def _allocating() -> ctypes.PyDLL:
+    libc = ctypes.PyDLL(None)  # no other thread of Python's runs while there is nothing left for it
     libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
     libc.free.restype, libc.free.argtypes = None, [ctypes.c_void_p]
     return libc
