@@ -10,14 +10,21 @@ if [ $# -gt 0 ]; then
     exec python -m pytest "$@"
 fi
 log=$(mktemp)
-set -m # each half in a process group of its own: a signal that ends this script ends both, with all that they have started
+set -m # each half in a process group of its own: a signal that ends this script, but for SIGKILL, ends both
 python -m pytest tests/dist tests/launch >"$log" 2>&1 </dev/null &
 dist=$!
 python -m pytest --ignore=tests/dist --ignore=tests/launch </dev/null &
 unit=$!
 set +m
-trap 'kill -- -"$dist" -"$unit" 2>/dev/null || true; cat "$log"; rm -f "$log"' EXIT
-trap 'exit 130' INT
+signal=TERM
+finish() {
+    kill "-$signal" -- -"$dist" -"$unit" 2>/dev/null || true
+    wait "$dist" "$unit" 2>/dev/null || true
+    cat "$log"
+    rm -f "$log"
+}
+trap finish EXIT
+trap 'signal=INT; exit 130' INT
 trap 'exit 143' TERM
 trap 'exit 129' HUP
 status=0

@@ -161,9 +161,9 @@ class CpuCap(Uncapped):
         with closing(reserve), super().guard(budget_bytes) as meter, malloc.fill_holes():
             limit = measure.data_segment_bytes() + budget_bytes
             limit = limit if soft == resource.RLIM_INFINITY else min(limit, soft)
-            resource.setrlimit(resource.RLIMIT_DATA, (limit, hard))
-            reserve.release()
             try:
+                resource.setrlimit(resource.RLIMIT_DATA, (limit, hard))
+                reserve.release()
                 yield meter
             finally:
                 resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))

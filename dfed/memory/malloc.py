@@ -11,18 +11,18 @@ so is the room that a heap keeps when it shrinks: ``fill_holes()``.
 from __future__ import annotations
 
 import ctypes
+import mmap
 import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
-
-from dfed.memory import measure
 
 __all__ = ["MMAP_THRESHOLD_BYTES", "SmallReserve", "fill_holes", "is_glibc", "roomy", "tight", "trim"]
 
 MMAP_THRESHOLD_BYTES = 16 * 1024
 _ROOMY_BYTES = 1 << 30
 _LARGEST_FILLING_BYTES = 1 << 25  # the largest threshold that every version takes
-_MOST_FILLINGS = 1 << 15
+_IS_MAPPING, _IS_OF_A_THREAD = 2, 4  # bits of the size that glibc keeps in the word before each block
+_HEAP_BYTES = 1 << 26  # that glibc sets aside for a thread's heap, from a multiple of it on (64-bit systems)
 _RESERVED_BLOCKS = 40
 _RESERVED_BLOCK_BYTES = 24 * 1024  # oneDNN's largest descriptors of convolutions take 20 KB
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8
@@ -37,8 +37,8 @@ def _libc() -> ctypes.CDLL:
     return ctypes.CDLL(None)
 
 
-def _allocating() -> ctypes.PyDLL:
-    libc = ctypes.PyDLL(None)  # no other thread of Python's runs while there is nothing left for it
+def _allocating() -> ctypes.CDLL:
+    libc = _libc()
     libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
     libc.free.restype, libc.free.argtypes = None, [ctypes.c_void_p]
     return libc
@@ -100,33 +100,65 @@ class SmallReserve:
 
 @contextmanager
 def fill_holes() -> Iterator[None]:
-    """Keep all that the heap could still give in blocks of 16 KiB or more occupied while the body runs (Linux).
-
-    Taken is what ``malloc`` gives while the process may not grow: holes, of the main thread's heap, too, and room at the end of
-    this thread's, which glibc keeps writable when a heap shrinks. No page of it is touched.
+    """Keep the heap's holes of 16 KiB or more occupied while the body runs, and the room at its end. Of each filling a page is
+    touched.
 
     To be called after :func:`tight`, in the thread whose memory is to be counted.
     """
-    import resource  # not on every platform
-
-    libc, fillings, taken, size = _allocating(), (ctypes.c_void_p * _MOST_FILLINGS)(), 0, _LARGEST_FILLING_BYTES
-    soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
-    now = measure.data_segment_bytes()
+    libc, fillings, size = _allocating(), list[int](), _LARGEST_FILLING_BYTES
     try:
-        libc.mallopt(_M_MMAP_THRESHOLD, _LARGEST_FILLING_BYTES)  # from the heap
-        resource.setrlimit(resource.RLIMIT_DATA, (now if soft == resource.RLIM_INFINITY else min(now, soft), hard))
-        try:
-            while size >= MMAP_THRESHOLD_BYTES and taken < _MOST_FILLINGS:
-                block = libc.malloc(size)
-                if block:
-                    fillings[taken] = block
-                    taken += 1
-                else:
-                    size //= 2
-        finally:
-            resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
-            libc.mallopt(_M_MMAP_THRESHOLD, MMAP_THRESHOLD_BYTES)
+        while size >= MMAP_THRESHOLD_BYTES:
+            block = libc.malloc(size)
+            if block and not _bits(block) & _IS_MAPPING:
+                fillings.append(block)
+                continue
+            libc.free(block)  # no hole of this size is left: it is a mapping, or nothing
+            size //= 2
+        _fill_end(libc, fillings)
         yield
     finally:
-        for index in range(taken):
-            libc.free(fillings[index])
+        for block in fillings:
+            libc.free(block)
+
+
+def _fill_end(libc: ctypes.CDLL, fillings: list[int]) -> None:
+    """Occupy what glibc keeps writable at the end of this thread's heap when the heap shrinks; there are no holes.
+
+    Large blocks are mappings, but where the kernel refuses one, glibc turns to that room, which the kernel counts already.
+    """
+    block = libc.malloc(MMAP_THRESHOLD_BYTES // 2)
+    if block:
+        fillings.append(block)
+    if not block or not _bits(block) & _IS_OF_A_THREAD or ctypes.sizeof(ctypes.c_void_p) != 8:
+        return  # the main heap gives back what it does not use
+    libc.mallopt(_M_MMAP_THRESHOLD, _LARGEST_FILLING_BYTES)
+    try:
+        end = libc.malloc(MMAP_THRESHOLD_BYTES)
+        if not end:
+            return
+        fillings.append(end)
+        if _bits(end) & _IS_MAPPING:
+            return
+        heap = end - end % _HEAP_BYTES
+        while (room := _room_at_end(heap, end)) >= MMAP_THRESHOLD_BYTES:
+            block = libc.malloc(min(room, _LARGEST_FILLING_BYTES // 2))
+            if not block:
+                return
+            fillings.append(block)
+            if _bits(block) & _IS_MAPPING or block - block % _HEAP_BYTES != heap:  # not as thought
+                return
+    finally:
+        libc.mallopt(_M_MMAP_THRESHOLD, MMAP_THRESHOLD_BYTES)
+
+
+def _room_at_end(heap: int, block: int) -> int:
+    """Bytes that this heap, in which ``block`` lies, can grow by without asking the kernel, but for two pages."""
+    # A heap begins with where its arena is, the heap before it, its size and how much of it is writable.
+    used, writable = ((ctypes.c_size_t * 4).from_address(heap)[field] for field in (2, 3))
+    in_pages = used % mmap.PAGESIZE == writable % mmap.PAGESIZE == 0
+    is_heap = in_pages and block < heap + used <= heap + writable <= heap + _HEAP_BYTES
+    return writable - used - 2 * mmap.PAGESIZE if is_heap else 0
+
+
+def _bits(block: int) -> int:
+    return ctypes.c_size_t.from_address(block - ctypes.sizeof(ctypes.c_size_t)).value

@@ -186,6 +186,8 @@ def _fits(into: Any, value: Any) -> bool:
     value of some."""
     if not type(into) is type(value) is FakeTensor or into.constant is not None or value.constant is not None:
         return False
+    if into._is_zerotensor():
+        return False
     return torch.broadcast_shapes(into.shape, value.shape) == into.shape
 
 
